@@ -1,0 +1,28 @@
+"""ZeRO training of PyTorch models over MPI."""
+
+from __future__ import annotations
+
+from zerompi import launch as _launch
+
+_launch.prepare_environment()
+
+from zerompi import autograd, collectives  # noqa: E402
+from zerompi.api import partition  # noqa: E402
+from zerompi.errors import MismatchError, ZerompiError  # noqa: E402
+from zerompi.precision import MixedPrecision  # noqa: E402
+from zerompi.topology import Topology  # noqa: E402
+from zerompi.zero import Zero  # noqa: E402
+
+_launch.abort_on_exception()
+
+__version__ = "0.1.0"
+__all__ = [
+    "MismatchError",
+    "MixedPrecision",
+    "Topology",
+    "Zero",
+    "ZerompiError",
+    "autograd",
+    "collectives",
+    "partition",
+]

@@ -1,0 +1,207 @@
+"""`zerompi.partition`: checks, agreement among ranks, and assembly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import nn
+from torch.optim import Optimizer
+
+from zerompi import meta
+from zerompi.collectives.group import Group
+from zerompi.errors import MismatchError
+from zerompi.launch import check_world
+from zerompi.optimizer import check_optimizer
+from zerompi.placement import STAGES, Placement
+from zerompi.precision import MixedPrecision
+from zerompi.segment import Context
+from zerompi.topology import Topology
+from zerompi.unit import Unit
+from zerompi.units import UnitPlan, Units, plan_units
+from zerompi.zero import Zero
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """The arguments of `partition` that need checks, as given."""
+
+    model: nn.Module
+    optimizer: Optimizer | None
+    stage: int
+    units: Units
+    mixed_precision: MixedPrecision | None
+    shard_ranks: str | int
+
+
+def partition(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    stage: int = 3,
+    comm: MPI.Intracomm | None = None,
+    units: Sequence[nn.Module] | Callable[[nn.Module], bool] | None = None,
+    mixed_precision: MixedPrecision | None = None,
+    shard_ranks: str | int = "world",
+    topology: Topology | None = None,
+) -> Zero:
+    """Partition a model and its optimizer over the ranks of `comm`.
+
+    Collective: every rank of `comm` calls this with a model of the same structure. Training starts from
+    rank 0's parameters and buffers. Gradients are the mean over all ranks. The model and the optimizer
+    are changed in place: keep using them.
+
+    Args:
+        model: any module on the host or the meta device. Set `requires_grad` before.
+        optimizer: a torch optimizer over the model's parameters; at stages 1 to 3 one that treats each
+            element by itself (Adam, SGD, Adagrad ...).
+        stage: 0 replicates, 1 partitions optimizer states, 2 also gradients, 3 also parameters.
+        comm: any intra-communicator, duplicated; None is COMM_WORLD.
+        units: modules whose parameters are gathered together, or a predicate on modules; None finds
+            the repeated blocks. What is left belongs to the model itself.
+        mixed_precision: dtypes of parameters, reduction and output, and the loss scale.
+        shard_ranks: how many ranks share one copy: "world", "node", or a number that divides the
+            number of ranks; between the copies gradients are all-reduced.
+        topology: override of the discovered node layout.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; on every rank, before anything is changed.
+        MismatchError: the ranks' models or arguments differ.
+
+    Rajbhandari et al., arXiv:1910.02054; for `shard_ranks`, Zhang et al., arXiv:2205.00119 (MiCS).
+    """
+    if comm is not None and not isinstance(comm, MPI.Intracomm):
+        raise TypeError(f"comm: expected an MPI intra-communicator, got {type(comm).__name__}")
+    check_world()
+    world = Group(comm, topology)
+    arguments = _Arguments(model, optimizer, stage, units, mixed_precision, shard_ranks)
+    try:
+        plans = _agree(arguments, world)
+    except BaseException:
+        world.close()
+        raise
+    precision = mixed_precision or MixedPrecision()
+    shard_group, replica_group = _split(world, shard_ranks, stage)
+    context = Context(STAGES[stage], world, shard_group, replica_group, precision)
+    landed = meta.land(model)
+    made = [Unit(plan, context) for plan in plans]
+    scaler = precision.make_scaler()
+    zero = Zero(model, optimizer, made, context, scaler)
+    for unit in made:
+        for segment in unit.segments:
+            segment.adopt()
+    if landed:
+        zero._uninitialised = meta.initialise(model, made, landed)
+    zero._hooks.buffers.synchronise()
+    return zero
+
+
+def _agree(arguments: _Arguments, world: Group) -> list[UnitPlan]:
+    """Check all arguments on every rank, then that all ranks have the same."""
+    error: Exception | None = None
+    plans: list[UnitPlan] = []
+    try:
+        _check(arguments, world)
+        plans = plan_units(arguments.model, arguments.units)
+    except (TypeError, ValueError, RuntimeError) as caught:
+        error = caught
+    refusals = world.comm.allgather(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, refusal in enumerate(refusals):
+        if refusal is not None:
+            raise MismatchError(f"rank {rank} refused the arguments of partition: {refusal}")
+    _check_equal(_description(arguments, plans), world)
+    return plans
+
+
+def _check(arguments: _Arguments, world: Group) -> None:
+    if not isinstance(arguments.model, nn.Module):
+        raise TypeError(f"model: expected a torch module, got {type(arguments.model).__name__}")
+    if isinstance(arguments.stage, bool) or arguments.stage not in STAGES:
+        raise ValueError(f"stage: expected 0, 1, 2 or 3, got {arguments.stage!r}")
+    precision = arguments.mixed_precision
+    if precision is not None and not isinstance(precision, MixedPrecision):
+        raise TypeError(
+            f"mixed_precision: expected zerompi.MixedPrecision, got {type(precision).__name__}"
+        )
+    if "zero_grad" in vars(arguments.model):
+        raise ValueError("model: expected a model that is not partitioned yet, got one that is")
+    for name, parameter in arguments.model.named_parameters():
+        if parameter.device.type not in ("cpu", "meta"):
+            raise ValueError(f"model: expected {name} on cpu or meta, got {parameter.device}")
+        if parameter.layout is not torch.strided:
+            raise ValueError(f"model: expected a dense {name}, got {parameter.layout}")
+    _shard_size(world.topology, arguments.shard_ranks)
+    if arguments.optimizer is not None:
+        sharded = STAGES[arguments.stage].optimizer_state is Placement.SHARD
+        check_optimizer(arguments.optimizer, arguments.model, sharded=sharded)
+
+
+def _shard_size(topology: Topology, shard_ranks: Any) -> int:
+    size = topology.size
+    if shard_ranks == "world":
+        return size
+    if shard_ranks == "node":
+        sizes = {topology.node_of.count(node) for node in range(topology.num_nodes)}
+        if len(sizes) > 1:
+            raise ValueError(f"shard_ranks: expected nodes of one size for 'node', got {topology}")
+        return sizes.pop()
+    if isinstance(shard_ranks, bool) or not isinstance(shard_ranks, int):
+        raise ValueError(f"shard_ranks: expected 'world', 'node' or a number, got {shard_ranks!r}")
+    if shard_ranks < 1 or size % shard_ranks:
+        raise ValueError(f"shard_ranks: expected a divisor of {size} ranks, got {shard_ranks}")
+    return shard_ranks
+
+
+def _split(world: Group, shard_ranks: str | int, stage: int) -> tuple[Group, Group | None]:
+    """The group that holds one copy together, and the one that joins equal shards of the copies."""
+    size = _shard_size(world.topology, shard_ranks)
+    if size == world.size or STAGES[stage].optimizer_state is Placement.REPLICATE:
+        return world, None
+    topology = world.topology
+    by_node = sorted(range(world.size), key=lambda rank: (topology.node_of[rank], rank))
+    copies = [by_node[start : start + size] for start in range(0, world.size, size)]
+    replicas = [list(ranks) for ranks in zip(*copies, strict=True)]
+    return world.split(copies), world.split(replicas)
+
+
+def _description(arguments: _Arguments, plans: Sequence[UnitPlan]) -> list[str]:
+    lines = [
+        f"stage {arguments.stage}, shard_ranks {arguments.shard_ranks}, {arguments.mixed_precision}"
+    ]
+    for plan in plans:
+        lines.append(f"unit {plan.name or '(root)'}")
+        lines += [
+            f"parameter {name}: {p.dtype}, shape {tuple(p.shape)}, requires_grad {p.requires_grad}, "
+            f"on {p.device.type}"
+            for name, p in plan.parameters
+        ]
+    lines += [
+        f"buffer {name}: {b.dtype}, shape {tuple(b.shape)}"
+        for name, b in arguments.model.named_buffers()
+    ]
+    if arguments.optimizer is not None:
+        names = {id(p): name for plan in plans for name, p in plan.parameters}
+        for group in arguments.optimizer.param_groups:
+            members = ", ".join(names[id(p)] for p in group["params"])
+            lines.append(f"{type(arguments.optimizer).__name__} group of {members}")
+    return lines
+
+
+def _check_equal(lines: list[str], world: Group) -> None:
+    """Raise MismatchError on all ranks, naming the first difference from rank 0, if any rank differs."""
+    reference: list[str] = world.comm.bcast(lines, root=0)
+    length = max(len(lines), len(reference))
+    padded = [[*part, *["nothing"] * (length - len(part))] for part in (reference, lines)]
+    difference = next(((a, b) for a, b in zip(*padded, strict=True) if a != b), None)
+    differences = world.comm.allgather(difference)
+    for rank, found in enumerate(differences):
+        if found is not None:
+            raise MismatchError(
+                f"ranks disagree on what to partition: rank 0 has {found[0]}; "
+                f"rank {rank} has {found[1]}"
+            )

@@ -1,0 +1,262 @@
+"""When things happen: hooks on modules, tensors and parameters drive the units.
+
+    forward                       backward
+    -------                       --------
+    before: unshard               gradient of an output arrives: unshard
+    run the module                gradient of a parameter is complete: collect it into the bucket,
+    after: reshard                    reduce the unit when it has all
+                                  gradients of the inputs are complete: reshard
+                                  end of backward: reduce what is left, reshard all
+
+Autograd runs nodes in the reverse order of their creation. The inputs of a unit pass through a node that is
+created before any other of its forward, so when that node runs, the unit's backward is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from zerompi.buffers import ModuleBuffers
+from zerompi.errors import ZerompiError
+from zerompi.nested import iter_tensors, map_tensors
+from zerompi.placement import Placement
+from zerompi.precision import LossScaler
+from zerompi.report import storage_nbytes
+from zerompi.schedule import Accumulation, Reductions
+from zerompi.segment import Context, Segment
+from zerompi.unit import Unit, UnitState
+
+
+def in_backward() -> bool:
+    """Whether the calling thread runs a backward pass (a recomputed forward is in one)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Hooks:
+    """Registers the hooks of one partition; `remove` takes them away again."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        context: Context,
+        scaler: LossScaler | None,
+    ) -> None:
+        self.model = model
+        self.units = units
+        self.context = context
+        self.scaler = scaler
+        self.accumulation = Accumulation()
+        self.reductions = Reductions(units, context.world)
+        self.buffers = ModuleBuffers(model, context.world)
+        self._sharded = context.stage.parameter is Placement.SHARD
+        self._end_is_queued = False
+        self._kept: list[Unit] = []
+        self._handles: list[RemovableHandle] = []
+        for unit in units:
+            self._register(unit)
+
+    def _register(self, unit: Unit) -> None:
+        for segment in unit.trainable:
+            for index, parameter in enumerate(segment.parameters):
+                self._handles.append(
+                    parameter.register_post_accumulate_grad_hook(
+                        partial(self._on_gradient, unit, segment, index)
+                    )
+                )
+        if unit.module is self.model:
+            before, after = self._before_model, self._after_model
+        elif self._sharded:
+            before, after = self._before_forward, self._after_forward
+        else:
+            return
+        self._handles.append(
+            unit.module.register_forward_pre_hook(
+                partial(before, unit), prepend=True, with_kwargs=True
+            )
+        )
+        self._handles.append(
+            unit.module.register_forward_hook(partial(after, unit), always_call=True)
+        )
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def gradient_scale(self) -> float:
+        """What a sum of gradients is multiplied by: the mean over ranks and passes, and no loss scale."""
+        divisor = self.context.world.size * self.accumulation.count
+        if self.scaler is not None:
+            divisor *= self.scaler.scale
+        return 1.0 / divisor
+
+    # -- forward -------------------------------------------------------------------------------
+
+    def _before_forward(
+        self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        unit.holds += 1
+        unit.unshard()
+        if not self._sharded or not torch.is_grad_enabled():
+            return None
+
+        def mark(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            alias = tensor.view_as(tensor)
+            alias.register_hook(partial(self._after_backward, unit))
+            return alias
+
+        return map_tensors(mark, args), map_tensors(mark, kwargs)
+
+    def _after_forward(
+        self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
+        unit.holds -= 1
+        if self._sharded and output is not None:
+            output = map_tensors(partial(_own_memory, unit), output)
+            if torch.is_grad_enabled():
+                for tensor in iter_tensors(output):
+                    if tensor.requires_grad:
+                        tensor.register_hook(partial(self._before_backward, unit))
+        if not in_backward():
+            unit.reshard()
+        return output
+
+    def _before_model(
+        self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if torch.is_grad_enabled() and not in_backward():
+            self._check_phase()
+            if self.model.training:
+                self.buffers.synchronise()
+        dtype = self.context.precision.param_dtype
+
+        def prepare(tensor: Tensor) -> Tensor:
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            if self.scaler is not None and tensor.requires_grad:
+                # Gradients leave the model unscaled, whatever they flow into.
+                tensor = tensor.view_as(tensor)
+                tensor.register_hook(lambda gradient: gradient / self.scaler.scale)
+            return tensor
+
+        args, kwargs = map_tensors(prepare, args), map_tensors(prepare, kwargs)
+        return self._before_forward(unit, module, args, kwargs) or (args, kwargs)
+
+    def _after_model(
+        self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
+        output = self._after_forward(unit, module, args, output)
+        dtype = self.context.precision.output_dtype
+
+        def finish(tensor: Tensor) -> Tensor:
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            if tensor.requires_grad:
+                tensor.register_hook(self._scale_gradient)
+            return tensor
+
+        return map_tensors(finish, output)
+
+    def _check_phase(self) -> None:
+        """Refuse what would be silently wrong; forget a backward pass that an exception ended."""
+        if self._end_is_queued:
+            self._end_is_queued = False
+            self.reductions.reset()
+            for unit in self.units:
+                for segment in unit.trainable:
+                    segment.discard_gradients()
+        for unit in self.units:
+            for segment in unit.segments:
+                if not segment.trainable and any(p.requires_grad for p in segment.parameters):
+                    raise ZerompiError(
+                        f"parameters of {unit.name} were frozen when the model was partitioned and "
+                        "require a gradient now: set requires_grad before zerompi.partition"
+                    )
+
+    # -- backward ------------------------------------------------------------------------------
+
+    def _scale_gradient(self, gradient: Tensor) -> Tensor | None:
+        self._queue_end()
+        return None if self.scaler is None else gradient * self.scaler.scale
+
+    def _before_backward(self, unit: Unit, gradient: Tensor) -> None:
+        self._queue_end()
+        unit.unshard()
+        if torch.is_grad_enabled() and unit not in self._kept:
+            # create_graph=True: the graph of this backward pass will read the parameters again.
+            unit.holds += 1
+            self._kept.append(unit)
+
+    def _after_backward(self, unit: Unit, gradient: Tensor) -> None:
+        unit.reshard()
+
+    def _on_gradient(
+        self, unit: Unit, segment: Segment, index: int, parameter: nn.Parameter
+    ) -> None:
+        self._queue_end()
+        segment.collect(index)
+        if self.accumulation.communicates and unit.is_complete:
+            self.reductions.ready(unit, self.gradient_scale)
+
+    def _queue_end(self) -> None:
+        if not self._end_is_queued:
+            self._end_is_queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+
+    def _end_of_backward(self) -> None:
+        self._end_is_queued = False
+        if torch.is_grad_enabled() and self._kept:
+            return  # a pass with create_graph=True only prepared another one
+        self.release_kept()
+        collected = any(segment.collected for unit in self.units for segment in unit.trainable)
+        for unit in self.units:
+            unit.reshard()
+        if self.accumulation.communicates:
+            self.reductions.finish(self.gradient_scale)
+        self.accumulation.seen += int(collected)
+        if self.accumulation.count == 1:
+            self.accumulation.seen = 0
+        for unit in self.units:
+            for segment in unit.trainable:
+                segment.collected = 0
+        self.measure_gradients()
+
+    def release_kept(self) -> None:
+        """Let go of the parameters that a graph of a double backward has kept."""
+        for unit in self._kept:
+            unit.holds -= 1
+            unit.reshard()
+        self._kept.clear()
+
+    def measure_gradients(self) -> None:
+        """Bring the gradients' entry of the memory ledger up to date."""
+        self.context.memory.set(
+            "gradients",
+            storage_nbytes(
+                tensor
+                for unit in self.units
+                for segment in unit.trainable
+                for tensor in segment.gradient_tensors()
+            ),
+        )
+
+
+def _own_memory(unit: Unit, tensor: Tensor) -> Tensor:
+    """A copy of an output that lies in the unit's parameters, which are about to be freed."""
+    if unit.state is UnitState.UNSHARDED:
+        pointer = tensor.untyped_storage().data_ptr()
+        for segment in unit.segments:
+            if pointer and pointer == segment.full.tensor.untyped_storage().data_ptr():
+                return tensor.clone()
+    return tensor

@@ -1,0 +1,61 @@
+"""Tensors inside the arguments and results of modules: tuples, lists, dicts, dataclasses of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+def iter_tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a nested structure, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from iter_tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from iter_tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from iter_tensors(getattr(value, field.name))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same structure with `function` applied to each tensor; the original is left as it is.
+
+    Parts without a changed tensor are passed on themselves, not copied.
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, MutableMapping):
+        items = {key: map_tensors(function, item) for key, item in value.items()}
+        changed = {key: item for key, item in items.items() if item is not value[key]}
+        if not changed:
+            return value
+        result = copy.copy(value)
+        for key, item in changed.items():
+            result[key] = item
+        return result
+    if isinstance(value, (tuple, list)):
+        mapped = [map_tensors(function, item) for item in value]
+        if all(a is b for a, b in zip(mapped, value, strict=True)):
+            return value
+        if hasattr(value, "_fields"):
+            return type(value)(*mapped)
+        return type(value)(mapped)
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value)]
+        updates = {name: map_tensors(function, getattr(value, name)) for name in names}
+        changed = {name: item for name, item in updates.items() if item is not getattr(value, name)}
+        if not changed:
+            return value
+        result = copy.copy(value)
+        for name, item in changed.items():
+            object.__setattr__(result, name, item)
+        return result
+    return value

@@ -1,0 +1,271 @@
+"""The user's optimizer steps the pieces: substitution, step hooks, gradient norm and clipping."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from zerompi.errors import ZerompiError
+from zerompi.placement import Placement
+from zerompi.precision import LossScaler
+from zerompi.report import storage_nbytes
+from zerompi.segment import Context, Segment
+from zerompi.unit import Unit
+
+# Of a 0-dim parameter every state is 0-dim; torch.optim's step counts and factors are told by name.
+_SCALAR_STATES = frozenset({"step", "mu_product", "eta", "mu"})
+
+
+class PieceOptimizer:
+    """Binds an optimizer to the pieces of a partition.
+
+    The parameters in `optimizer.param_groups` are replaced by this rank's pieces, their state by the pieces
+    of that state; everything else in the groups stays as it is. A pre-hook of `step` prepares the gradients, a
+    post-hook refreshes the parameters.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | None,
+        units: Sequence[Unit],
+        context: Context,
+        scaler: LossScaler | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.units = units
+        self.context = context
+        self.scaler = scaler
+        self.segments = [segment for unit in units for segment in unit.trainable]
+        self._clip = 1.0
+        self._casts = ExitStack()
+        self._skipped: list[tuple[nn.Parameter, Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+        if optimizer is not None:
+            self._substitute(optimizer)
+            self._handles = [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+
+    def remove(self) -> None:
+        """Take the hooks away; the optimizer keeps the pieces."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _substitute(self, optimizer: Optimizer) -> None:
+        owner: dict[int, tuple[Segment, int]] = {
+            id(parameter): (segment, index)
+            for unit in self.units
+            for segment in unit.segments
+            for index, parameter in enumerate(segment.parameters)
+        }
+        for group in optimizer.param_groups:
+            pieces = []
+            for parameter in group["params"]:
+                segment, index = owner[id(parameter)]
+                piece = segment.pieces[index]
+                pieces.append(piece)
+                state = optimizer.state.pop(parameter, None)
+                if state is not None:
+                    optimizer.state[piece] = {
+                        key: segment.state_piece(index, value)
+                        if is_elementwise_state(key, value, parameter.shape)
+                        else value
+                        for key, value in state.items()
+                    }
+            group["params"] = pieces
+
+    # -- step ----------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        deferred = any(segment.reduce_dtype is not segment.main_dtype for segment in self.segments)
+        closure = kwargs.get("closure") or next(iter(args[1:]), None)
+        if closure is not None and (deferred or self.scaler):
+            raise ValueError(
+                "closure: expected None with a loss scale or a reduce_dtype other than the main "
+                "weights' dtype, got a function; call backward() before step()"
+            )
+        self._casts.close()  # a step that raised has left them open
+        if self.scaler is not None and self._overflows():
+            # Without gradients torch's own code leaves weights, states and step counts alone.
+            for segment in self.segments:
+                for piece in segment.pieces:
+                    if piece.grad is not None:
+                        self._skipped.append((piece, piece.grad))
+                        piece.grad = None
+            return
+        for segment in self.segments:
+            self._casts.enter_context(segment.cast_gradients(self._clip))
+        cast_nbytes = sum(
+            segment.main.nbytes
+            for segment in self.segments
+            if segment.reduce_dtype is not segment.main_dtype
+        )
+        self._casts.enter_context(self.context.memory.borrowed(cast_nbytes))
+        self._casts.enter_context(self.context.times.phase("optimizer"))
+
+    def _overflows(self) -> bool:
+        """Whether any rank has a gradient that is not finite. Collective over the world."""
+        finite = all(
+            bool(torch.isfinite(gradient).all())
+            for segment in self.segments
+            for gradient in segment.gradients()
+        )
+        flags = self.context.world.agree("check of the gradients for overflow", int(not finite))
+        overflow = any(flags)
+        assert self.scaler is not None
+        self.scaler.update(overflow=overflow)
+        return overflow
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        skipped = bool(self._skipped)
+        for piece, gradient in self._skipped:
+            piece.grad = gradient
+        self._skipped.clear()
+        self._casts.close()
+        self._clip = 1.0
+        if not skipped:
+            self.refresh()
+        self.measure_states()
+
+    def refresh(self) -> None:
+        """Bring all trainable parameters up to date with the main weights. Collective."""
+        with self.context.times.phase("refresh"):
+            gathers = self.context.stage.parameter is not self.context.stage.optimizer_state
+            for unit in self.units:
+                if gathers and unit.trainable:
+                    self.context.shard_group.agree(f"refresh of the parameters of {unit.name}")
+                for segment in unit.trainable:
+                    segment.refresh()
+
+    def measure_states(self) -> None:
+        """Bring the optimizer states' entry of the memory ledger up to date."""
+        tensors = [s.main for s in self.segments if s.main_dtype is not s.dtype]
+        if self.optimizer is not None:
+            for state in self.optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        self.context.memory.set("optimizer_states", storage_nbytes(tensors))
+
+    # -- norm ----------------------------------------------------------------------------------
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float) -> Tensor:
+        """Scale all gradients so that their total norm is at most `max_norm`. Collective.
+
+        Returns:
+            The total norm before clipping: float32, 0-dim, identical on all ranks.
+        """
+        total = self._total_norm(float(norm_type))
+        coefficient = float(min(1.0, float(max_norm) / (total + 1e-6)))
+        if math.isnan(total):
+            coefficient = math.nan
+        self._clip *= coefficient
+        direct = [s for s in self.segments if s.reduce_dtype is s.main_dtype]
+        gradients = [gradient for segment in direct for gradient in segment.gradients()]
+        if gradients and coefficient != 1.0:
+            torch._foreach_mul_(gradients, coefficient)
+        return torch.tensor(total, dtype=torch.float32)
+
+    def _total_norm(self, norm_type: float) -> float:
+        if not norm_type > 0:
+            raise ValueError(f"norm_type: expected a positive number or inf, got {norm_type}")
+        largest = math.isinf(norm_type)
+        norms = [
+            float(torch.linalg.vector_norm(gradient, norm_type, dtype=torch.float32))
+            for segment in self.segments
+            for gradient in segment.gradients()
+            if gradient.numel()
+        ]
+        local = max(norms, default=0.0) if largest else math.fsum(n**norm_type for n in norms)
+        if any(math.isnan(norm) for norm in norms):
+            local = math.nan
+        group = self.context.shard_group
+        parts = [local]
+        if self.context.stage.optimizer_state is Placement.SHARD:
+            group.agree("norm of the gradients")
+            parts = group.comm.allgather(local)
+        if any(math.isnan(part) for part in parts):
+            return math.nan
+        return max(parts) if largest else math.fsum(parts) ** (1.0 / norm_type)
+
+
+def is_elementwise_state(key: str, value: Any, shape: Sequence[int]) -> bool:
+    """Whether an optimizer state has an element for every element of a parameter of this shape."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
+        return False
+    return bool(shape) or key not in _SCALAR_STATES
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module, *, sharded: bool) -> None:
+    """Refuse an optimizer that partition cannot serve, before anything is changed.
+
+    Raises:
+        TypeError: not a torch optimizer, or (where states are sharded) one that does not treat every element
+            by itself, so that pieces of a parameter would be updated differently from the whole.
+        ValueError: it holds a parameter that is not the model's.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}"
+        )
+    known = {id(parameter) for parameter in model.parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"optimizer: expected parameters of the model, got one of shape "
+                    f"{tuple(parameter.shape)} in param group {number} that is not"
+                )
+        if sharded and not _is_elementwise(optimizer, group):
+            raise TypeError(
+                f"optimizer: expected an elementwise optimizer at stages 1 to 3, got "
+                f"{type(optimizer).__name__}, which updates an element differently when its "
+                "parameter is cut into pieces (it needs whole tensors); use stage=0 for it"
+            )
+
+
+def _is_elementwise(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Try it: three steps on a matrix and on the same numbers cut into pieces must agree."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 5, generator=generator)
+    gradients = [torch.randn(6, 5, generator=generator) for _ in range(3)]
+    cuts = [0, 7, 7, 30]
+
+    def run(parameters: list[nn.Parameter], parts: list[list[Tensor]]) -> Tensor:
+        trial = object.__new__(type(optimizer))
+        trial.__dict__.update(optimizer.__dict__)
+        trial.state = defaultdict(dict)
+        trial.param_groups = [{**group, "params": parameters}]
+        if "lr" in group:
+            trial.param_groups[0]["lr"] = 1e-2  # a warm-up may have set 0, which would prove nothing
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            trial.__dict__[hooks] = {}
+        for step in parts:
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.clone()
+            type(optimizer).step(trial)
+        return torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+    def pieces(tensor: Tensor) -> list[Tensor]:
+        flat = tensor.flatten()
+        return [flat[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+
+    try:
+        whole = run([nn.Parameter(start.clone())], [[gradient] for gradient in gradients])
+        parts = run(
+            [nn.Parameter(part.clone()) for part in pieces(start)],
+            [pieces(gradient) for gradient in gradients],
+        )
+    except Exception as error:
+        raise ZerompiError(
+            f"optimizer: a trial step of {type(optimizer).__name__} on 1-D pieces of a parameter "
+            f"failed ({type(error).__name__}: {error}); use stage=0 for it"
+        ) from error
+    return torch.allclose(whole, parts, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,370 @@
+"""Segments: the tensors of docs/data-way.md and the steps between them.
+
+A *segment* is the parameters of one unit that share a dtype and the need of a gradient; it owns the
+flat buffers. Nothing here knows when a step happens: hooks.py does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from zerompi.collectives.all_gather import gather_blocks
+from zerompi.collectives.all_reduce import reduce_all
+from zerompi.collectives.broadcast import broadcast
+from zerompi.collectives.buffer import Buffer
+from zerompi.collectives.group import Group
+from zerompi.collectives.reduce_scatter import reduce_blocks
+from zerompi.errors import ZerompiError
+from zerompi.layout import FlatLayout, Range
+from zerompi.placement import Placement, Stage
+from zerompi.precision import MixedPrecision
+from zerompi.report import MemoryLedger, PhaseTimes
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all units of one partition share.
+
+    `world` is every rank of the partition. The ranks of `shard_group` hold one copy of the sharded
+    state together; `replica_group` joins the ranks that hold the same shard (None: there is one copy).
+    """
+
+    stage: Stage
+    world: Group
+    shard_group: Group
+    replica_group: Group | None
+    precision: MixedPrecision
+    memory: MemoryLedger = field(default_factory=MemoryLedger)
+    times: PhaseTimes = field(default_factory=PhaseTimes)
+
+
+def placeholder(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """One element expanded to the shape of `tensor`: no memory, NaN when read, an error when written."""
+    if dtype.is_floating_point or dtype.is_complex:
+        value = torch.full((), float("nan"), dtype=dtype)
+    else:
+        value = torch.zeros((), dtype=dtype)
+    return value.expand(tensor.shape)
+
+
+class Segment:
+    """Parameters of one unit with the same dtype and the same need of a gradient.
+
+    Args:
+        members: (name, parameter) pairs; `parameter.data` is replaced by views of our buffers.
+        context: shared by all segments of the partition.
+
+    Attributes:
+        full: flat parameters, (padded_numel,), parameter dtype; freed between uses where
+            parameters are sharded.
+        shard: own block of the flat parameters, (shard_numel,), parameter dtype.
+        main: what the optimizer steps; (padded_numel,) or (shard_numel,), main dtype.
+        pieces: per parameter, the view of `main` that stands in the optimizer: the whole parameter
+            where optimizer states are replicated, else a 1-D piece, perhaps empty.
+        bucket: this rank's sum of gradients, (padded_numel,), reduce dtype, or None.
+        present: per parameter, whether the bucket holds a gradient for it.
+        collected: gradients collected in the running backward pass.
+        expected: how many a pass is expected to bring: as many parameters as had a gradient on any
+            rank at the last reduction.
+    """
+
+    def __init__(self, members: Sequence[tuple[str, nn.Parameter]], context: Context) -> None:
+        self.names = [name for name, _ in members]
+        self.parameters = [parameter for _, parameter in members]
+        self.context = context
+        group, stage, precision = context.shard_group, context.stage, context.precision
+        first = self.parameters[0]
+        self.trainable = first.requires_grad
+        self.index_of = {id(parameter): i for i, parameter in enumerate(self.parameters)}
+        self.layout = FlatLayout([p.shape for p in self.parameters], group.size)
+        self.shard_index = group.topology.shard_index(group.rank)
+        self.own = self.layout.shard_ranges[self.shard_index]
+
+        mixed = precision.param_dtype is not None and first.is_floating_point()
+        self.dtype = precision.param_dtype or first.dtype if mixed else first.dtype
+        self.main_dtype = torch.float32 if mixed and self.trainable else self.dtype
+        self.reduce_dtype = self.main_dtype
+        if mixed and precision.reduce_dtype is not None:
+            self.reduce_dtype = precision.reduce_dtype
+
+        self.full: Buffer = group.allocate(self.layout.padded_numel, self.dtype)
+        if stage.parameter is Placement.SHARD:
+            self.shard = group.allocate(self.layout.shard_numel, self.dtype).tensor
+        else:
+            base = self.shard_index * self.layout.shard_numel
+            self.shard = self.full.tensor[base : base + self.layout.shard_numel]
+        self.main = self._make_main(stage.optimizer_state)
+        self.pieces = [
+            nn.Parameter(self._part(self.main, i), requires_grad=self.trainable)
+            for i in range(len(self.parameters))
+        ]
+        self.bucket: Buffer | None = None
+        self.present = [False] * len(self.parameters)
+        self.collected = 0
+        self.expected = len(self.parameters)
+        self.reduced: Tensor | None = None
+
+    @property
+    def is_main_replicated(self) -> bool:
+        """Whether every rank holds all main weights."""
+        return self.context.stage.optimizer_state is Placement.REPLICATE
+
+    def _make_main(self, placement: Placement) -> Tensor:
+        same = self.full.tensor if placement is Placement.REPLICATE else self.shard
+        if self.main_dtype is self.dtype:
+            return same
+        return torch.zeros(same.numel(), dtype=self.main_dtype)
+
+    def _part(self, flat: Tensor, index: int) -> Tensor:
+        """The view of parameter `index` in a tensor placed like the optimizer states."""
+        if self.is_main_replicated:
+            start, stop = self.layout.parameter_ranges[index]
+            return flat[start:stop].view(self.layout.shapes[index])
+        start, stop = self.layout.piece(index, self.shard_index).in_shard
+        return flat[start:stop]
+
+    def view(self, flat: Tensor, index: int) -> Tensor:
+        """Parameter `index` with its own shape in a full flat tensor."""
+        start, stop = self.layout.parameter_ranges[index]
+        return flat[start:stop].view(self.layout.shapes[index])
+
+    # -- values in and out ---------------------------------------------------------------------
+
+    def adopt(self) -> None:
+        """Start from rank 0's parameter values, leaving placeholders. Collective over the world."""
+        values = torch.zeros(self.layout.padded_numel, dtype=self.main_dtype)
+        for i, parameter in enumerate(self.parameters):
+            self.view(values, i).copy_(parameter.detach())
+            parameter.data = placeholder(parameter, self.dtype)
+        self.set_values(values)
+        if self.context.stage.parameter is Placement.REPLICATE:
+            self.install(self.full.tensor)
+        else:
+            self.full.free()
+
+    def set_values(self, values: Tensor) -> None:
+        """Take rank 0's `values`, (padded_numel,), main dtype, as the parameters. Collective.
+
+        `values` is overwritten on the other ranks. Where the full parameters are resident, they are
+        written; where not, only the shard is.
+        """
+        exact = values[: self.layout.numel]
+        broadcast(exact, exact, self.context.world)
+        own = values[self.own.start : self.own.stop]
+        self.shard[: self.own.numel].copy_(own)
+        if not self.full.is_free:
+            self.full.tensor.copy_(values)
+        if self.is_main_replicated:
+            self.main.copy_(values)
+        else:
+            self.main[: self.own.numel].copy_(own)
+
+    def main_values(self) -> Tensor:
+        """The full main weights, (padded_numel,), main dtype; a new tensor. Collective."""
+        if self.is_main_replicated:
+            return self.main.clone()
+        values = torch.zeros(self.layout.padded_numel, dtype=self.main_dtype)
+        values[self.own.start : self.own.stop].copy_(self.main[: self.own.numel])
+        gather_blocks(
+            values, self.layout.shard_ranges, self.context.shard_group, label="gathered"
+        )
+        return values
+
+    def own_values(self, index: int) -> tuple[Range, Tensor]:
+        """The part of parameter `index` that this rank answers for: its range and main weights."""
+        piece = self.layout.piece(index, self.shard_index)
+        if self.is_main_replicated:
+            return piece.in_parameter, self.main[piece.in_flat.start : piece.in_flat.stop]
+        return piece.in_parameter, self.main[piece.in_shard.start : piece.in_shard.stop]
+
+    # -- parameters ----------------------------------------------------------------------------
+
+    def install(self, flat: Tensor) -> None:
+        """Make the parameters views of `flat`, (padded_numel,), any floating-point dtype."""
+        for i, parameter in enumerate(self.parameters):
+            parameter.data = self.view(flat, i)
+
+    def unshard(self) -> None:
+        """Gather the full parameters into `full` and install them. Collective over the shard group."""
+        self.full.restore()
+        self.context.memory.add("buffers", self.full.nbytes)
+        flat = self.full.tensor
+        flat[self.own.start : self.own.stop].copy_(self.shard[: self.own.numel])
+        gather_blocks(flat, self.layout.shard_ranges, self.context.shard_group)
+        self.install(flat)
+
+    def reshard(self) -> None:
+        """Free `full`; the parameters read as NaN until the next `unshard`."""
+        self.hide()
+        self.full.free()
+        self.context.memory.add("buffers", -self.full.nbytes)
+
+    def hide(self) -> None:
+        """Leave placeholders where the parameters' values were."""
+        for parameter in self.parameters:
+            parameter.data = placeholder(parameter, self.dtype)
+
+    def refresh(self) -> None:
+        """Bring the parameters up to date with the main weights.
+
+        Collective over the shard group where parameters are replicated and main weights are not.
+        """
+        stage = self.context.stage
+        if stage.optimizer_state is Placement.REPLICATE:
+            if self.main_dtype is not self.dtype:
+                self.full.tensor.copy_(self.main)
+            return
+        if self.main_dtype is not self.dtype:
+            self.shard.copy_(self.main)
+        if stage.parameter is Placement.REPLICATE:
+            gather_blocks(
+                self.full.tensor, self.layout.shard_ranges, self.context.shard_group, label="refresh"
+            )
+
+    # -- gradients -----------------------------------------------------------------------------
+
+    def collect(self, index: int) -> None:
+        """Move the gradient that autograd has accumulated for parameter `index` into the bucket."""
+        parameter = self.parameters[index]
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        parameter.grad = None
+        if gradient.requires_grad:
+            raise ZerompiError(
+                f"{self.names[index]}: backward(create_graph=True) would need a graph through the "
+                "gradient reduction; use torch.autograd.grad(..., create_graph=True) for the inner "
+                "derivative and a plain backward() for the outer one"
+            )
+        if gradient.layout is not torch.strided:
+            raise ZerompiError(
+                f"{self.names[index]}: expected a dense gradient, got {gradient.layout}; build the "
+                "embedding with sparse=False"
+            )
+        self.collected += 1
+        slot = self.view(self._bucket().tensor, index)
+        if self.present[index]:
+            slot.add_(gradient)
+        else:
+            slot.copy_(gradient)
+            self.present[index] = True
+
+    def _bucket(self) -> Buffer:
+        if self.bucket is None:
+            if all(piece.grad is None for piece in self.pieces):
+                self.reduced = None  # zero_grad has been called since: give the memory back
+            self.bucket = self.context.shard_group.allocate(
+                self.layout.padded_numel, self.reduce_dtype
+            )
+            if self.context.stage.gradient is Placement.SHARD:
+                self.context.memory.add("buffers", self.bucket.nbytes)
+        return self.bucket
+
+    def discard_gradients(self) -> None:
+        """Forget what is in the bucket."""
+        if self.bucket is not None:
+            if self.context.stage.gradient is Placement.SHARD:
+                self.context.memory.add("buffers", -self.bucket.nbytes)
+            self.bucket = None
+        self.present = [False] * len(self.parameters)
+
+    def reduce(self, used: Sequence[bool], scale: float) -> None:
+        """Reduce the bucket to `scale` times the sum over all ranks and install the gradients.
+
+        Collective. `used` says for each parameter whether any rank has a gradient for it; the others keep
+        the gradient that they have (None, usually).
+        """
+        flat = self._bucket().tensor
+        for i, present in enumerate(self.present):
+            if not present:
+                self.view(flat, i).zero_()
+        ranges, stage = self.layout.shard_ranges, self.context.stage
+        group, replicas = self.context.shard_group, self.context.replica_group
+        if stage.optimizer_state is Placement.REPLICATE:
+            reduce_all(flat, ranges, group, scale=scale)
+            result = flat
+        else:
+            if stage.gradient is Placement.REPLICATE:
+                base = self.shard_index * self.layout.shard_numel
+                result = flat[base : base + self.layout.shard_numel]
+            else:
+                result = torch.empty(self.layout.shard_numel, dtype=self.reduce_dtype)
+            exact = result[: self.own.numel]
+            reduce_blocks(flat, exact, ranges, group, scale=scale)
+            if replicas is not None:
+                parts = FlatLayout([(exact.numel(),)], replicas.size).shard_ranges
+                reduce_all(exact, parts, replicas, scale=1.0)
+        self.discard_gradients()
+        self.expected = sum(used)
+        self._install_gradients(result, used)
+
+    def _install_gradients(self, result: Tensor, used: Sequence[bool]) -> None:
+        """Make `result` the pieces' gradient, adding where `zero_grad` has not been called.
+
+        Where the reduce dtype is not the main dtype, `.grad` is a marker (NaN, no memory) until
+        `cast_gradients`: so `zero_grad` is seen, and the gradient takes the reduce dtype's memory only.
+        """
+        if self.reduce_dtype is self.main_dtype:
+            for i, piece in enumerate(self.pieces):
+                if used[i]:
+                    part = self._part(result, i)
+                    piece.grad = part if piece.grad is None else piece.grad.add_(part)
+            return
+        if self.reduced is not None and any(piece.grad is not None for piece in self.pieces):
+            for i, piece in enumerate(self.pieces):
+                if used[i]:
+                    kept = self._part(self.reduced, i)
+                    kept.copy_(self._part(result, i) + (kept if piece.grad is not None else 0))
+        else:
+            self.reduced = result
+        for i, piece in enumerate(self.pieces):
+            if used[i]:
+                piece.grad = placeholder(piece, self.main_dtype)
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The reduced gradients that this rank holds, in the reduce dtype."""
+        for i, piece in enumerate(self.pieces):
+            if piece.grad is not None:
+                if self.reduce_dtype is self.main_dtype:
+                    yield piece.grad
+                elif self.reduced is not None:
+                    yield self._part(self.reduced, i)
+
+    @contextmanager
+    def cast_gradients(self, scale: float) -> Iterator[None]:
+        """While the context lasts, `.grad` of the pieces is the gradient in the main dtype."""
+        if self.reduce_dtype is self.main_dtype or self.reduced is None:
+            yield
+            return
+        reduced = self.reduced
+        cast = [(i, piece) for i, piece in enumerate(self.pieces) if piece.grad is not None]
+        for i, piece in cast:
+            piece.grad = self._part(reduced, i).to(self.main_dtype).mul_(scale)
+        try:
+            yield
+        finally:
+            for _, piece in cast:
+                piece.grad = placeholder(piece, self.main_dtype)
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def gradient_tensors(self) -> list[Tensor]:
+        """Every tensor that holds gradients for longer than a moment."""
+        tensors = [piece.grad for piece in self.pieces if piece.grad is not None]
+        if self.reduced is not None:
+            tensors.append(self.reduced)
+        if self.bucket is not None and self.context.stage.gradient is Placement.REPLICATE:
+            tensors.append(self.bucket.tensor)
+        return tensors
+
+    def state_piece(self, index: int, value: Tensor) -> Tensor:
+        """This rank's part of an elementwise optimizer state of parameter `index`."""
+        if self.is_main_replicated:
+            return value
+        start, stop = self.layout.piece(index, self.shard_index).in_parameter
+        return value.reshape(-1)[start:stop].clone()
