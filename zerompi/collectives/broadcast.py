@@ -1,0 +1,66 @@
+"""Broadcast: every rank gets the root's values (MPI-4.1, section 6.4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from zerompi.arrays import flat_tensor
+from zerompi.collectives import contract
+from zerompi.collectives.all_gather import gather_blocks
+from zerompi.collectives.group import Group
+from zerompi.layout import FlatLayout
+
+_SMALL_NBYTES = 64 << 10
+
+
+def broadcast(send: Any, recv: Any, group: Group, root: int = 0) -> None:
+    """`recv` becomes the root's `send` on all ranks.
+
+    Collective: every rank of the group calls this in the same order.
+
+    Args:
+        send: n elements, any shape and dtype, contiguous; read on the root only. May be `recv`.
+        recv: n elements of the same dtype; overwritten.
+        group: the ranks.
+        root: rank whose values all get.
+
+    Raises:
+        TypeError, ValueError: wrong arguments on this rank, before any communication.
+        MismatchError: ranks disagree on size, dtype or root, or another rank's arguments are wrong.
+
+    See also:
+        `zerompi.autograd.broadcast`.
+    """
+
+    def check() -> contract.Call:
+        source, out = flat_tensor("send", send), flat_tensor("recv", recv, writable=True)
+        if not isinstance(root, int) or not 0 <= root < group.size:
+            raise ValueError(f"root: expected a rank from 0 to {group.size - 1}, got {root!r}")
+        contract.require_equal_dtype(source, out)
+        contract.require_numel("recv", out, source.numel(), "as send has")
+        if not contract.same_memory(source, out):
+            contract.require_disjoint(source, out, "send being recv")
+        return contract.Call(source, out, contract.signature("broadcast", source, root=root))
+
+    source, out, _ = contract.agreed(group, "broadcast", check)
+    if group.rank == root and not contract.same_memory(source, out):
+        out.copy_(source)
+    _spread(out, group, root)
+
+
+def _spread(full: Tensor, group: Group, root: int) -> None:
+    """Small: the root sends everything to everyone. Large: a block to each, then an all-gather."""
+    others = [peer for peer in range(group.size) if peer != root]
+    if full.nbytes <= _SMALL_NBYTES:
+        blocks = [full] * group.size
+    else:
+        ranges = FlatLayout([(full.numel(),)], group.size).shard_ranges
+        blocks = [full[slice(*ranges[group.topology.shard_index(r)])] for r in range(group.size)]
+    if group.rank == root:
+        group.exchange([(peer, blocks[peer]) for peer in others], [], "broadcast")
+    else:
+        group.exchange([], [(root, blocks[group.rank])], "broadcast")
+    if full.nbytes > _SMALL_NBYTES:
+        gather_blocks(full, ranges, group, label="broadcast")

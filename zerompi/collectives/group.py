@@ -1,0 +1,227 @@
+"""Groups: the ranks that communicate, their buffers, counters and agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from zerompi.arrays import host_bytes
+from zerompi.collectives.buffer import Buffer
+from zerompi.errors import MismatchError, ZerompiError
+from zerompi.topology import Topology
+from zerompi.traffic import INTER_NODE, INTRA_NODE, Traffic
+
+Algorithm = Literal["flat", "hierarchical"]
+Messages = Sequence[tuple[int, Tensor]]
+
+_MAX_MESSAGE_NBYTES = 1 << 30  # well below 2^31, where some MPI libraries' counts end
+_PEERS_IN_FLIGHT = 32
+_HEADER_NBYTES = 16
+
+
+class Group:
+    """Ranks that communicate with each other, on communicators of their own.
+
+    Collective over `comm`: construction, `split` and `close`.
+
+    Args:
+        comm: an intra-communicator, duplicated; None is COMM_WORLD.
+        topology: the node layout of its ranks; None discovers it.
+        algorithm: "flat" or "hierarchical"; None is hierarchical where there are several nodes and
+            at least one has several ranks.
+
+    Attributes:
+        comm: the private duplicate.
+        node_comm: the ranks of this rank's node.
+        inter_node_comm: the ranks with this rank's position on all nodes.
+        traffic: bytes that this rank has sent; shared with the groups made by `split`.
+
+    Raises:
+        ValueError: `topology` has another number of ranks, or `algorithm` is unknown.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm | None = None,
+        topology: Topology | None = None,
+        *,
+        algorithm: Algorithm | None = None,
+    ) -> None:
+        comm = MPI.COMM_WORLD if comm is None else comm
+        if topology is not None and topology.size != comm.size:
+            raise ValueError(
+                f"topology: expected one of {comm.size} ranks, got one of {topology.size}"
+            )
+        if algorithm not in (None, "flat", "hierarchical"):
+            raise ValueError(f"algorithm: expected 'flat' or 'hierarchical', got {algorithm!r}")
+        self._set(comm.Dup(), topology, algorithm, Traffic())
+
+    def _set(
+        self,
+        comm: MPI.Intracomm,
+        topology: Topology | None,
+        algorithm: Algorithm | None,
+        traffic: Traffic,
+    ) -> None:
+        self.comm = comm
+        self.rank, self.size = comm.rank, comm.size
+        self.topology = Topology(comm) if topology is None else topology
+        layout = self.topology
+        node, position = layout.node_of[self.rank], layout.local_rank_of[self.rank]
+        self.node_comm = comm.Split(node, self.rank)
+        self.inter_node_comm = comm.Split(position, self.rank)
+        if algorithm is None:
+            deep = 1 < layout.num_nodes < layout.size
+            algorithm = "hierarchical" if deep else "flat"
+        self.algorithm: Algorithm = algorithm
+        self.traffic = traffic
+        self._requested = algorithm
+        self._levels = [
+            INTRA_NODE if layout.same_node(self.rank, peer) else INTER_NODE
+            for peer in range(self.size)
+        ]
+        self._headers = np.empty((self.size, 2), dtype=np.uint64)
+
+    def split(self, ranks_of_each: Sequence[Sequence[int]]) -> Group:
+        """The group of this rank among disjoint groups that cover all ranks. Collective.
+
+        Ranks of the new group are numbered in the order in which their list has them.
+        """
+        color = next(i for i, ranks in enumerate(ranks_of_each) if self.rank in ranks)
+        ranks = ranks_of_each[color]
+        comm = self.comm.Split(color, ranks.index(self.rank))
+        group = Group.__new__(Group)
+        group._set(comm, self.topology.restrict(ranks), None, self.traffic)
+        return group
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> Buffer:
+        """Memory that this group will communicate: a buffer of `numel` elements, contents undefined.
+
+        Every rank of the group allocates in the same order.
+        """
+        return Buffer(numel, dtype)
+
+    # -- agreement -----------------------------------------------------------------------------
+
+    def agree(self, signature: str, flags: int = 0) -> tuple[int, ...]:
+        """Make sure that all ranks are about to do the same; exchange 64 bits beside it. Collective.
+
+        Args:
+            signature: what comes next on this rank, as a text for people.
+            flags: 64 bits for the other ranks.
+
+        Returns:
+            The flags of all ranks.
+
+        Raises:
+            MismatchError: ranks have different signatures; raised on all, naming all.
+        """
+        if self.size == 1:
+            return (flags,)
+        header = np.array([_digest(signature), flags], dtype=np.uint64)
+        self._check_open()
+        self.comm.Allgather(header, self._headers)
+        for peer, level in enumerate(self._levels):
+            if peer != self.rank:
+                self.traffic.add("header", level, _HEADER_NBYTES)
+        digests = self._headers[:, 0]
+        if (digests == digests[0]).all():
+            return tuple(self._headers[:, 1].tolist())
+        raise MismatchError(_disagreement(self.comm.allgather(signature)))
+
+    # -- data ----------------------------------------------------------------------------------
+
+    def exchange(self, sends: Messages, recvs: Messages, label: str) -> None:
+        """Send and receive; the one place where array data moves. Collective by contract.
+
+        Args:
+            sends: (rank, contiguous 1-D tensor) in the order in which the receiver lists them.
+            recvs: (rank, contiguous 1-D tensor), each overwritten; of the sender's size.
+            label: under which the bytes are counted.
+        """
+        self._check_open()
+        in_ring = [
+            self._waves(recvs, lambda peer: (self.rank - peer) % self.size),
+            self._waves(sends, lambda peer: (peer - self.rank) % self.size),
+        ]
+        for wave in sorted({*in_ring[0], *in_ring[1]}):
+            requests = [
+                self.comm.Irecv([part, MPI.BYTE], peer)
+                for peer, tensor in in_ring[0].get(wave, ())
+                for part in _parts(tensor)
+            ]
+            for peer, tensor in in_ring[1].get(wave, ()):
+                for part in _parts(tensor):
+                    requests.append(self.comm.Isend([part, MPI.BYTE], peer))
+                    self.traffic.add(label, self._levels[peer], part.nbytes)
+            MPI.Request.Waitall(requests)
+
+    def _waves(
+        self, messages: Messages, distance: Callable[[int], int]
+    ) -> dict[int, list[tuple[int, Tensor]]]:
+        """Messages by wave: those at ring distance 1 to 32 first, nearest first, then the next 32."""
+        waves: dict[int, list[tuple[int, Tensor]]] = {}
+        for peer, tensor in sorted(messages, key=lambda message: distance(message[0])):
+            if tensor.numel():
+                wave = (distance(peer) - 1) // _PEERS_IN_FLIGHT
+                waves.setdefault(wave, []).append((peer, tensor))
+        return waves
+
+    # -- end -----------------------------------------------------------------------------------
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` has been called."""
+        return bool(self.comm == MPI.COMM_NULL)
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise ZerompiError("this group is closed")
+
+    def close(self) -> None:
+        """Free the communicators. Collective; a second call does nothing."""
+        if not self.is_closed and not MPI.Is_finalized():
+            for comm in (self.inter_node_comm, self.node_comm, self.comm):
+                comm.Free()
+
+    def __repr__(self) -> str:
+        return f"Group(rank {self.rank} of {self.topology}, {self.algorithm})"
+
+
+def _parts(tensor: Tensor) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+    data = host_bytes(tensor)
+    if data.nbytes <= _MAX_MESSAGE_NBYTES:
+        return [data]
+    starts = range(0, data.nbytes, _MAX_MESSAGE_NBYTES)
+    return [data[start : start + _MAX_MESSAGE_NBYTES] for start in starts]
+
+
+@lru_cache(maxsize=4096)
+def _digest(signature: str) -> int:
+    return int.from_bytes(blake2b(signature.encode(), digest_size=8).digest(), "little")
+
+
+def _disagreement(signatures: Sequence[str]) -> str:
+    ranks_of: dict[str, list[int]] = {}
+    for rank, signature in enumerate(signatures):
+        ranks_of.setdefault(signature, []).append(rank)
+    sides = [
+        f"rank{'s' if len(ranks) > 1 else ''} {_listed(ranks)}: {signature[:500]}"
+        for signature, ranks in ranks_of.items()
+    ]
+    more = f"; and {len(sides) - 8} more" if len(sides) > 8 else ""
+    return f"ranks disagree on what comes next: {'; '.join(sides[:8])}{more}"
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return ", ".join(str(rank) for rank in ranks[:8]) + more

@@ -1,0 +1,168 @@
+"""Reduce-scatter: every rank gets one block of the sum over ranks (MPI-4.1, section 6.10)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerompi.arrays import flat_tensor
+from zerompi.collectives import contract
+from zerompi.collectives.all_gather import Ranges
+from zerompi.collectives.group import Group
+from zerompi.dtypes import accumulate_dtype
+
+_CHUNK_NBYTES = 4 << 20
+_STAGING_NBYTES = 64 << 20
+
+
+def reduce_scatter(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
+    """Sum over ranks; rank r gets block r.
+
+    Collective: every rank of the group calls this in the same order. float16, bfloat16 and float8 accumulate in
+    float32. The order of summation is fixed: ranks ascending; hierarchical: ranks of a node
+    ascending, then nodes ascending, partial sums rounded to the dtype.
+
+    Args:
+        send: n * size elements, contiguous; left as it is (but for the in-place form).
+        recv: n elements of the same dtype; overwritten. May be the rank's own block of `send`.
+        group: the ranks.
+        op: "sum" or "mean".
+
+    Raises:
+        TypeError, ValueError: wrong arguments on this rank, before any communication.
+        MismatchError: ranks disagree on size, dtype or op, or another rank's arguments are wrong.
+
+    See also:
+        `zerompi.autograd.reduce_scatter`.
+    """
+
+    def check() -> contract.Call:
+        full, out = flat_tensor("send", send), flat_tensor("recv", recv, writable=True)
+        contract.require_op(op)
+        contract.require_equal_dtype(full, out)
+        accumulate_dtype(full.dtype)
+        n = out.numel()
+        contract.require_numel("send", full, n * group.size, f"{n} for each of {group.size} ranks")
+        own = full[group.rank * n : (group.rank + 1) * n]
+        if n and not contract.same_memory(out, own):
+            contract.require_disjoint(full, out, "recv being the rank's own block of send")
+        return contract.Call(full, out, contract.signature("reduce_scatter", full, op=op))
+
+    full, out, _ = contract.agreed(group, "reduce_scatter", check)
+    n = out.numel()
+    scale = 1.0 / group.size if op == "mean" else 1.0
+    reduce_blocks(full, out, [(r * n, (r + 1) * n) for r in range(group.size)], group, scale=scale)
+
+
+def reduce_blocks(
+    full: Tensor,
+    out: Tensor,
+    ranges: Ranges,
+    group: Group,
+    *,
+    scale: float = 1.0,
+    label: str = "reduce_scatter",
+) -> None:
+    """`out` = `scale` times the sum over ranks of this rank's block. Collective, unchecked.
+
+    Works in chunks, so that the memory for what other ranks send is bounded (about 64 MiB).
+
+    Args:
+        full: 1-D, all blocks of this rank's summand; left as it is.
+        out: as many elements as this rank's block; overwritten; may be that block itself.
+        ranges: elements [start, stop) of each shard index's block.
+        group: the ranks.
+        scale: applied once, in the accumulator of the first sum.
+        label: under which the bytes are counted.
+    """
+    topology = group.topology
+    blocks = [
+        full[slice(*ranges[topology.shard_index(owner)])] for owner in range(group.size)
+    ]
+    chunk = min(_CHUNK_NBYTES, _STAGING_NBYTES // group.size) // full.element_size()
+    longest = max(block.numel() for block in blocks)
+    step = _flat_chunk if group.algorithm == "flat" else _hierarchical_chunk
+    for start in range(0, longest, chunk):
+        parts = [block[start : start + chunk] for block in blocks]
+        step(parts, out[start : start + chunk], group, scale, label)
+
+
+def _flat_chunk(
+    parts: list[Tensor], out: Tensor, group: Group, scale: float, label: str
+) -> None:
+    """Every rank sends part p to rank p, which sums in rank order."""
+    rank = group.rank
+    others = [peer for peer in range(group.size) if peer != rank]
+    staged = {peer: torch.empty_like(out) for peer in others}
+    group.exchange(
+        [(peer, parts[peer]) for peer in others],
+        [(peer, staged[peer]) for peer in others],
+        label,
+    )
+    staged[rank] = parts[rank]
+    sum_in_order([staged[peer] for peer in range(group.size)], out, scale)
+
+
+def _hierarchical_chunk(
+    parts: list[Tensor], out: Tensor, group: Group, scale: float, label: str
+) -> None:
+    """Delegates sum inside each node; one partial sum per node goes to the owner, who sums them."""
+    topology, rank = group.topology, group.rank
+    node = topology.node_of[rank]
+    locals_ = topology.ranks_of_node[node]
+    delegate = [topology.delegate(node, owner) for owner in range(group.size)]
+    mine = [owner for owner in range(group.size) if delegate[owner] == rank]
+    peers = [peer for peer in locals_ if peer != rank]
+    staged = {(owner, peer): torch.empty_like(parts[owner]) for peer in peers for owner in mine}
+    group.exchange(
+        [(delegate[o], parts[o]) for o in range(group.size) if delegate[o] != rank],
+        [(peer, staged[owner, peer]) for peer in peers for owner in mine],
+        label,
+    )
+    partial = {}
+    for owner in mine:
+        summands = [parts[owner] if p == rank else staged[owner, p] for p in locals_]
+        partial[owner] = torch.empty_like(parts[owner])
+        sum_in_order(summands, partial[owner], scale)
+    staged.clear()
+    nodes = [n for n in range(topology.num_nodes) if n != node]
+    from_node = {n: torch.empty_like(out) for n in nodes}
+    group.exchange(
+        [(owner, partial[owner]) for owner in mine if owner != rank],
+        [(topology.delegate(n, rank), from_node[n]) for n in nodes],
+        label,
+    )
+    from_node[node] = partial[rank]
+    sum_in_order([from_node[n] for n in range(topology.num_nodes)], out, 1.0)
+
+
+def sum_in_order(summands: Sequence[Tensor], out: Tensor, scale: float) -> None:
+    """`out` = `scale` times the sum of `summands`, accumulated from the first to the last.
+
+    `out` may be one of the summands. All are 1-D and of one dtype; see `accumulate_dtype`.
+    """
+    if not out.numel():
+        return
+    total = summands[0].to(accumulate_dtype(out.dtype), copy=True)
+    for summand in summands[1:]:
+        if total.dtype is torch.bool:
+            total |= summand
+        else:
+            total += summand if _adds_to(total, summand) else summand.to(total.dtype)
+    if scale != 1.0:
+        total = _scaled(total, scale)
+    out.copy_(total)
+
+
+def _adds_to(total: Tensor, summand: Tensor) -> bool:
+    """Whether torch adds the two without a conversion first."""
+    return summand.dtype in (total.dtype, torch.bfloat16, torch.float16)
+
+
+def _scaled(total: Tensor, scale: float) -> Tensor:
+    if total.is_floating_point() or total.is_complex():
+        return total.mul_(scale)
+    return total.to(torch.float64).mul_(scale)  # copied to an integer dtype: rounded towards zero

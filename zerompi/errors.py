@@ -1,0 +1,11 @@
+"""Errors that zerompi raises beside ValueError and TypeError."""
+
+from __future__ import annotations
+
+
+class ZerompiError(RuntimeError):
+    """Something cannot be done; the message says what and why."""
+
+
+class MismatchError(ZerompiError):
+    """Ranks disagree on a model, a shape, a dtype or the order of operations."""
