@@ -75,7 +75,7 @@ def partition(
     """
     if comm is not None and not isinstance(comm, MPI.Intracomm):
         raise TypeError(f"comm: expected an MPI intra-communicator, got {type(comm).__name__}")
-    check_world()
+    check_world(MPI.COMM_WORLD.size)
     world = Group(comm, topology)
     arguments = _Arguments(model, optimizer, stage, units, mixed_precision, shard_ranks)
     try:

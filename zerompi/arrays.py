@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from torch import Tensor
 
 
@@ -63,7 +64,9 @@ def _from_numpy(name: str, array: np.ndarray[Any, Any], writable: bool) -> Tenso
         raise TypeError(f"{name}: expected a dtype that torch has, got {array.dtype}") from error
 
 
-def host_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The memory of a contiguous 1-D tensor on the host, as bytes."""
-    array: np.ndarray[Any, np.dtype[np.uint8]] = tensor.view(torch.uint8).numpy()
-    return array
+def host_bytes(tensor: Tensor) -> MPI.buffer:
+    """The memory of a contiguous tensor on the host, for MPI; valid as long as the tensor is.
+
+    Not `tensor.numpy()`, which would make the storage impossible to resize.
+    """
+    return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)

@@ -198,9 +198,12 @@ class PieceOptimizer:
 
 def is_elementwise_state(key: str, value: Any, shape: Sequence[int]) -> bool:
     """Whether an optimizer state has an element for every element of a parameter of this shape."""
-    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
-        return False
-    return bool(shape) or key not in _SCALAR_STATES
+    return isinstance(value, Tensor) and is_elementwise_shape(key, value.shape, shape)
+
+
+def is_elementwise_shape(key: str, state_shape: Sequence[int], shape: Sequence[int]) -> bool:
+    """The same, from shapes alone."""
+    return tuple(state_shape) == tuple(shape) and (bool(shape) or key not in _SCALAR_STATES)
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, *, sharded: bool) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from zerompi.checkpoint import CheckpointReader, Slice, TensorSpec, TensorTable
 from zerompi.errors import ZerompiError
-from zerompi.optimizer import is_elementwise_state
+from zerompi.optimizer import is_elementwise_shape, is_elementwise_state
 from zerompi.segment import Segment
 from zerompi.unit import Unit
 
@@ -204,8 +204,7 @@ def read_optimizer(reader: CheckpointReader, optimizer: Optimizer, units: Sequen
         if name not in by_name:
             raise ZerompiError(f"the checkpoint has optimizer state for {name!r}, the model has not")
         entry = by_name[name]
-        shape = tuple(spec.shape)
-        if shape == entry.shape and (shape or key not in ("step", "mu_product", "eta", "mu")):
+        if is_elementwise_shape(key, spec.shape, entry.shape):
             value = torch.empty(entry.piece.shape, dtype=spec.dtype)
             start, stop = _own_range(entry)
             reader.read_optimizer(full_name, start, stop, value.view(-1))

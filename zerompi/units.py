@@ -101,12 +101,12 @@ def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
     def visit(module: nn.Module) -> None:
         children = list(module.children())
         if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-            counts = Counter(type(child) for child in children if any(child.parameters()))
+            counts = Counter(type(child) for child in children if _has_parameters(child))
             blocks = [
                 child
                 for child in children
                 if counts[type(child)] > 1
-                and any(True for _ in child.parameters())
+                and _has_parameters(child)
                 and not isinstance(child, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
             ]
             found.extend(blocks)
@@ -116,3 +116,7 @@ def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
     visit(model)
     return found
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())

@@ -26,7 +26,7 @@ def partitioned_losses(comm, case, stage, *, optimizer="adamw", steps=20, clip=N
                 zero.clip_grad_norm_(clip)
             opt.step()
             opt.zero_grad()
-            losses.append(comm.allreduce(float(loss)) / comm.size)
+            losses.append(comm.allreduce(loss.item()) / comm.size)
         return losses, zero.full_state_dict()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -197,7 +197,7 @@ class Group:
         return f"Group(rank {self.rank} of {self.topology}, {self.algorithm})"
 
 
-def _parts(tensor: Tensor) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+def _parts(tensor: Tensor) -> list[MPI.buffer]:
     data = host_bytes(tensor)
     if data.nbytes <= _MAX_MESSAGE_NBYTES:
         return [data]
