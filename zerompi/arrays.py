@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
 
@@ -29,14 +28,16 @@ def flat_tensor(name: str, array: Any, *, writable: bool = False) -> Tensor:
         raise TypeError(
             f"{name}: expected a NumPy array or a torch tensor, got {type(array).__name__}"
         )
-    if array.device.type != "cpu":
-        raise ValueError(f"{name}: expected a tensor on the host, got one on {array.device}")
-    if array.layout is not torch.strided:
-        raise ValueError(f"{name}: expected a dense tensor, got {array.layout}")
+    require_host_tensor(name, array)
     if array.requires_grad:
         raise ValueError(
             f"{name}: expected a tensor without requires_grad, got one with; detach it, or use "
             "zerompi.autograd for gradients"
+        )
+    if array.is_conj() or array.is_neg():
+        raise ValueError(
+            f"{name}: expected values as they are in memory, got a lazy conjugate or negative; "
+            "call resolve_conj() or resolve_neg()"
         )
     if not array.is_contiguous():
         raise ValueError(
@@ -44,6 +45,23 @@ def flat_tensor(name: str, array: Any, *, writable: bool = False) -> Tensor:
             f"{array.stride()}"
         )
     return array.view(-1)
+
+
+def require_host_tensor(name: str, tensor: Any) -> None:
+    """Refuse what is no dense torch tensor on the host.
+
+    Raises:
+        TypeError: no tensor, or a quantized one.
+        ValueError: on another device, or sparse.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: expected a tensor on the host, got one on {tensor.device}")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got {tensor.layout}")
+    if tensor.is_quantized:
+        raise TypeError(f"{name}: expected a plain dtype, got {tensor.dtype}; send int_repr()")
 
 
 def _from_numpy(name: str, array: np.ndarray[Any, Any], writable: bool) -> Tensor:
@@ -55,18 +73,27 @@ def _from_numpy(name: str, array: np.ndarray[Any, Any], writable: bool) -> Tenso
     if not array.flags.writeable:
         if writable:
             raise ValueError(f"{name}: expected a writable array, got a read-only one")
-        array = array.view()
-        # torch has no read-only tensors; what is sent is never written.
-        array = np.frombuffer(memoryview(array), dtype=array.dtype).reshape(array.shape)
+        array = np.asarray(_Lent(array))
     try:
         return torch.from_numpy(array).view(-1)
     except TypeError as error:
         raise TypeError(f"{name}: expected a dtype that torch has, got {array.dtype}") from error
 
 
-def host_bytes(tensor: Tensor) -> MPI.buffer:
-    """The memory of a contiguous tensor on the host, for MPI; valid as long as the tensor is.
+class _Lent:
+    """A read-only array's memory as if it were writable.
 
-    Not `tensor.numpy()`, which would make the storage impossible to resize.
+    torch has no read-only tensors and warns where it makes a writable one of a read-only array; what is
+    sent is never written.
     """
-    return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array  # keeps the memory alive
+        pointer = array.__array_interface__["data"][0]
+        self.__array_interface__ = {**array.__array_interface__, "data": (pointer, False)}
+
+
+def host_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The memory of a contiguous 1-D tensor on the host, as bytes."""
+    array: np.ndarray[Any, np.dtype[np.uint8]] = tensor.view(torch.uint8).numpy()
+    return array

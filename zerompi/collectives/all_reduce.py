@@ -11,7 +11,6 @@ from zerompi.collectives import contract
 from zerompi.collectives.all_gather import Ranges, gather_blocks
 from zerompi.collectives.group import Group
 from zerompi.collectives.reduce_scatter import reduce_blocks
-from zerompi.dtypes import accumulate_dtype
 from zerompi.layout import FlatLayout
 
 
@@ -24,7 +23,7 @@ def all_reduce(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
         send: n elements, any shape and dtype, contiguous; left as it is. May be `recv`.
         recv: n elements of the same dtype; overwritten.
         group: the ranks.
-        op: "sum" or "mean".
+        op: "sum" or, for floating-point and complex dtypes, "mean".
 
     Raises:
         TypeError, ValueError: wrong arguments on this rank, before any communication.
@@ -36,9 +35,8 @@ def all_reduce(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
 
     def check() -> contract.Call:
         source, out = flat_tensor("send", send), flat_tensor("recv", recv, writable=True)
-        contract.require_op(op)
         contract.require_equal_dtype(source, out)
-        accumulate_dtype(source.dtype)
+        contract.require_op(op, source.dtype)
         contract.require_numel("recv", out, source.numel(), "as send has")
         if not contract.same_memory(source, out):
             contract.require_disjoint(source, out, "send being recv")
@@ -48,7 +46,7 @@ def all_reduce(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
     if not contract.same_memory(source, out):
         out.copy_(source)
     ranges = FlatLayout([(out.numel(),)], group.size).shard_ranges
-    reduce_all(out, ranges, group, scale=1.0 / group.size if op == "mean" else 1.0)
+    reduce_all(out, ranges, group, scale=contract.scale_of(op, group))
 
 
 def reduce_all(

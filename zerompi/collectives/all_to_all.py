@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from zerompi.arrays import flat_tensor
 from zerompi.collectives import contract
 from zerompi.collectives.group import Group
@@ -39,6 +41,11 @@ def all_to_all(send: Any, recv: Any, group: Group) -> None:
         return contract.Call(source, out, contract.signature("all_to_all", source))
 
     source, out, _ = contract.agreed(group, "all_to_all", check)
+    swap_blocks(source, out, group)
+
+
+def swap_blocks(source: Tensor, out: Tensor, group: Group, *, label: str = "all_to_all") -> None:
+    """The equal blocks of `source` to their ranks, theirs into `out`; 1-D. Collective, unchecked."""
     n = source.numel() // group.size
     sends = source.view(group.size, n)
     recvs = out.view(group.size, n)
@@ -47,5 +54,5 @@ def all_to_all(send: Any, recv: Any, group: Group) -> None:
     group.exchange(
         [(peer, sends[peer]) for peer in others],
         [(peer, recvs[peer]) for peer in others],
-        "all_to_all",
+        label,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,8 +37,7 @@ def broadcast(send: Any, recv: Any, group: Group, root: int = 0) -> None:
 
     def check() -> contract.Call:
         source, out = flat_tensor("send", send), flat_tensor("recv", recv, writable=True)
-        if not isinstance(root, int) or not 0 <= root < group.size:
-            raise ValueError(f"root: expected a rank from 0 to {group.size - 1}, got {root!r}")
+        contract.require_root(root, group)
         contract.require_equal_dtype(source, out)
         contract.require_numel("recv", out, source.numel(), "as send has")
         if not contract.same_memory(source, out):
@@ -47,20 +47,34 @@ def broadcast(send: Any, recv: Any, group: Group, root: int = 0) -> None:
     source, out, _ = contract.agreed(group, "broadcast", check)
     if group.rank == root and not contract.same_memory(source, out):
         out.copy_(source)
-    _spread(out, group, root)
+    spread(out, group, root)
 
 
-def _spread(full: Tensor, group: Group, root: int) -> None:
-    """Small: the root sends everything to everyone. Large: a block to each, then an all-gather."""
-    others = [peer for peer in range(group.size) if peer != root]
+def spread(full: Tensor, group: Group, root: int, *, label: str = "broadcast") -> None:
+    """`full` becomes the root's, in place. Collective, unchecked.
+
+    Small: the root sends everything to everyone. Large: a block to each, then an all-gather.
+
+    Args:
+        full: 1-D; overwritten on the other ranks.
+        group: the ranks.
+        root: rank whose values all get.
+        label: under which the bytes are counted.
+    """
     if full.nbytes <= _SMALL_NBYTES:
-        blocks = [full] * group.size
-    else:
-        ranges = FlatLayout([(full.numel(),)], group.size).shard_ranges
-        blocks = [full[slice(*ranges[group.topology.shard_index(r)])] for r in range(group.size)]
+        _send_from_root([full] * group.size, group, root, label)
+        return
+    ranges = FlatLayout([(full.numel(),)], group.size).shard_ranges
+    index = group.topology.shard_index
+    blocks = [full[slice(*ranges[index(rank)])] for rank in range(group.size)]
+    _send_from_root(blocks, group, root, label)
+    gather_blocks(full, ranges, group, label=label)
+
+
+def _send_from_root(blocks: Sequence[Tensor], group: Group, root: int, label: str) -> None:
+    """Block r of the root goes to rank r."""
     if group.rank == root:
-        group.exchange([(peer, blocks[peer]) for peer in others], [], "broadcast")
+        others = [peer for peer in range(group.size) if peer != root]
+        group.exchange([(peer, blocks[peer]) for peer in others], [], label)
     else:
-        group.exchange([], [(root, blocks[group.rank])], "broadcast")
-    if full.nbytes > _SMALL_NBYTES:
-        gather_blocks(full, ranges, group, label="broadcast")
+        group.exchange([], [(root, blocks[group.rank])], label)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from zerompi.collectives.group import Group
+from zerompi.dtypes import accumulate_dtype
 from zerompi.errors import MismatchError
 
 
@@ -21,7 +23,21 @@ class Call(NamedTuple):
 
 
 def agreed(group: Group, operation: str, check: Callable[[], Call]) -> Call:
-    """Run `check` on every rank and make sure that all ranks call the same. Collective.
+    """Run `check` on every rank and make sure that all ranks call the same. Collective."""
+    calls: list[Call] = []
+
+    def signature() -> str:
+        calls.append(check())
+        return calls[0].signature
+
+    agreed_signature(group, operation, signature)
+    return calls[0]
+
+
+def agreed_signature(
+    group: Group, operation: str, check: Callable[[], str], flags: int = 0
+) -> tuple[int, ...]:
+    """Run `check` on every rank, compare what it returns, and exchange flags. Collective.
 
     A rank whose arguments are wrong raises its TypeError or ValueError, while the others get a
     MismatchError that tells which rank refused and why. Nobody waits.
@@ -29,13 +45,12 @@ def agreed(group: Group, operation: str, check: Callable[[], Call]) -> Call:
     if not isinstance(group, Group):
         raise TypeError(f"group: expected a zerompi.collectives.Group, got {type(group).__name__}")
     try:
-        call = check()
+        text = check()
     except (TypeError, ValueError) as error:
         with suppress(MismatchError):
             group.agree(f"refusal of {operation}: {error}")
         raise
-    group.agree(call.signature)
-    return call
+    return group.agree(text, flags)
 
 
 def signature(operation: str, tensor: Tensor, **settings: object) -> str:
@@ -56,10 +71,26 @@ def require_numel(name: str, tensor: Tensor, expected: int, reason: str) -> None
         raise ValueError(f"{name}: expected {expected} elements ({reason}), got {tensor.numel()}")
 
 
-def require_op(op: str) -> None:
-    """Refuse reductions other than sum and mean."""
+def require_op(op: str, dtype: torch.dtype) -> None:
+    """Refuse reductions other than sum and mean, and those that `dtype` does not have."""
     if op not in ("sum", "mean"):
         raise ValueError(f"op: expected 'sum' or 'mean', got {op!r}")
+    accumulate_dtype(dtype)
+    if op == "mean" and not (dtype.is_floating_point or dtype.is_complex):
+        raise TypeError(
+            f"op: expected 'sum' for {dtype}, whose mean has no exact value, got 'mean'"
+        )
+
+
+def require_root(root: int, group: Group) -> None:
+    """Refuse a root that is no rank of the group."""
+    if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < group.size:
+        raise ValueError(f"root: expected a rank from 0 to {group.size - 1}, got {root!r}")
+
+
+def scale_of(op: str, group: Group) -> float:
+    """What the sum over ranks is multiplied with."""
+    return 1.0 / group.size if op == "mean" else 1.0
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
@@ -68,8 +99,11 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def require_disjoint(send: Tensor, recv: Tensor, in_place: str) -> None:
-    """Refuse buffers that overlap; `in_place` tells which form is allowed."""
-    if send.data_ptr() < recv.data_ptr() + recv.nbytes and (
-        recv.data_ptr() < send.data_ptr() + send.nbytes
+    """Refuse buffers that overlap; `in_place` tells which form is allowed. Empty ones never do."""
+    if (
+        send.nbytes
+        and recv.nbytes
+        and send.data_ptr() < recv.data_ptr() + recv.nbytes
+        and recv.data_ptr() < send.data_ptr() + send.nbytes
     ):
         raise ValueError(f"recv: expected memory apart from send, or {in_place}, got an overlap")

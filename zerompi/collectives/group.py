@@ -82,7 +82,6 @@ class Group:
             algorithm = "hierarchical" if deep else "flat"
         self.algorithm: Algorithm = algorithm
         self.traffic = traffic
-        self._requested = algorithm
         self._levels = [
             INTRA_NODE if layout.same_node(self.rank, peer) else INTER_NODE
             for peer in range(self.size)

@@ -29,7 +29,7 @@ def reduce_scatter(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
         send: n * size elements, contiguous; left as it is (but for the in-place form).
         recv: n elements of the same dtype; overwritten. May be the rank's own block of `send`.
         group: the ranks.
-        op: "sum" or "mean".
+        op: "sum" or, for floating-point and complex dtypes, "mean".
 
     Raises:
         TypeError, ValueError: wrong arguments on this rank, before any communication.
@@ -41,9 +41,8 @@ def reduce_scatter(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
 
     def check() -> contract.Call:
         full, out = flat_tensor("send", send), flat_tensor("recv", recv, writable=True)
-        contract.require_op(op)
         contract.require_equal_dtype(full, out)
-        accumulate_dtype(full.dtype)
+        contract.require_op(op, full.dtype)
         n = out.numel()
         contract.require_numel("send", full, n * group.size, f"{n} for each of {group.size} ranks")
         own = full[group.rank * n : (group.rank + 1) * n]
@@ -53,8 +52,8 @@ def reduce_scatter(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
 
     full, out, _ = contract.agreed(group, "reduce_scatter", check)
     n = out.numel()
-    scale = 1.0 / group.size if op == "mean" else 1.0
-    reduce_blocks(full, out, [(r * n, (r + 1) * n) for r in range(group.size)], group, scale=scale)
+    ranges = [(r * n, (r + 1) * n) for r in range(group.size)]
+    reduce_blocks(full, out, ranges, group, scale=contract.scale_of(op, group))
 
 
 def reduce_blocks(
@@ -79,9 +78,7 @@ def reduce_blocks(
         label: under which the bytes are counted.
     """
     topology = group.topology
-    blocks = [
-        full[slice(*ranges[topology.shard_index(owner)])] for owner in range(group.size)
-    ]
+    blocks = [full[slice(*ranges[topology.shard_index(owner)])] for owner in range(group.size)]
     chunk = min(_CHUNK_NBYTES, _STAGING_NBYTES // group.size) // full.element_size()
     longest = max(block.numel() for block in blocks)
     step = _flat_chunk if group.algorithm == "flat" else _hierarchical_chunk
@@ -90,9 +87,7 @@ def reduce_blocks(
         step(parts, out[start : start + chunk], group, scale, label)
 
 
-def _flat_chunk(
-    parts: list[Tensor], out: Tensor, group: Group, scale: float, label: str
-) -> None:
+def _flat_chunk(parts: list[Tensor], out: Tensor, group: Group, scale: float, label: str) -> None:
     """Every rank sends part p to rank p, which sums in rank order."""
     rank = group.rank
     others = [peer for peer in range(group.size) if peer != rank]
@@ -153,16 +148,10 @@ def sum_in_order(summands: Sequence[Tensor], out: Tensor, scale: float) -> None:
         else:
             total += summand if _adds_to(total, summand) else summand.to(total.dtype)
     if scale != 1.0:
-        total = _scaled(total, scale)
+        total.mul_(scale)
     out.copy_(total)
 
 
 def _adds_to(total: Tensor, summand: Tensor) -> bool:
     """Whether torch adds the two without a conversion first."""
     return summand.dtype in (total.dtype, torch.bfloat16, torch.float16)
-
-
-def _scaled(total: Tensor, scale: float) -> Tensor:
-    if total.is_floating_point() or total.is_complex():
-        return total.mul_(scale)
-    return total.to(torch.float64).mul_(scale)  # copied to an integer dtype: rounded towards zero
