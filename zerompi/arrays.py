@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from torch import Tensor
 
 
@@ -93,7 +94,14 @@ class _Lent:
         self.__array_interface__ = {**array.__array_interface__, "data": (pointer, False)}
 
 
-def host_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The memory of a contiguous 1-D tensor on the host, as bytes."""
-    array: np.ndarray[Any, np.dtype[np.uint8]] = tensor.view(torch.uint8).numpy()
-    return array
+def copy_values(target: Tensor, source: Tensor) -> None:
+    """Copy between contiguous 1-D tensors of one dtype; torch itself does not copy every dtype."""
+    target.view(torch.uint8).copy_(source.view(torch.uint8))
+
+
+def host_bytes(tensor: Tensor) -> MPI.buffer:
+    """The memory of a contiguous tensor on the host, for MPI; valid as long as the tensor is.
+
+    Not `tensor.numpy()`, which would make the storage impossible to resize.
+    """
+    return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zerompi.arrays import require_host_tensor
+from zerompi.arrays import copy_values, require_host_tensor
 from zerompi.collectives import contract
 from zerompi.collectives.all_gather import gather_blocks
 from zerompi.collectives.all_reduce import reduce_all
@@ -145,7 +145,7 @@ def broadcast(tensor: Tensor, group: Group, root: int = 0) -> Tensor:
 
 
 def _apply(
-    function: type[torch.autograd.Function],
+    function: Any,
     operation: str,
     tensor: Tensor,
     group: Group,
@@ -153,7 +153,7 @@ def _apply(
     multiple: int | None = None,
     **settings: Any,
 ) -> Tensor:
-    """Check, agree, and run `function`; `multiple` is what the length of dim 0 must be divisible by."""
+    """Check, agree, and run an autograd function; `multiple` is what the length of dim 0 must be divisible by."""
 
     def check() -> str:
         require_host_tensor("tensor", tensor)
@@ -204,7 +204,7 @@ class _AllGather(torch.autograd.Function):
         result = tensor.new_empty((tensor.shape[0] * group.size, *tensor.shape[1:]))
         full = result.view(-1)
         ranges = _equal_blocks(full.numel(), group)
-        full[slice(*ranges[group.rank])].copy_(tensor.detach().view(-1))
+        copy_values(full[slice(*ranges[group.rank])], tensor.detach().view(-1))
         gather_blocks(full, ranges, group)
         return result
 
@@ -263,7 +263,9 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group, root: int) -> Tensor:
         ctx.group, ctx.root = group, root
-        result = tensor.detach().clone()
+        result = torch.empty_like(tensor)
+        if group.rank == root:
+            copy_values(result.view(-1), tensor.detach().view(-1))
         spread(result.view(-1), group, root)
         return result
 

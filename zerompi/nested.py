@@ -32,11 +32,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, MutableMapping):
+    if isinstance(value, Mapping):
         items = {key: map_tensors(function, item) for key, item in value.items()}
         changed = {key: item for key, item in items.items() if item is not value[key]}
         if not changed:
             return value
+        if not isinstance(value, MutableMapping):
+            return type(value)(items)  # type: ignore[call-arg]
         result = copy.copy(value)
         for key, item in changed.items():
             result[key] = item
@@ -54,8 +56,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         changed = {name: item for name, item in updates.items() if item is not getattr(value, name)}
         if not changed:
             return value
-        result = copy.copy(value)
+        twin = copy.copy(value)
         for name, item in changed.items():
-            object.__setattr__(result, name, item)
-        return result
+            object.__setattr__(twin, name, item)
+        return twin
     return value

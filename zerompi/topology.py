@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
+from typing import Any
 
 from mpi4py import MPI
 
@@ -116,18 +118,23 @@ class Topology:
 
 
 def _nodes_from_sizes(size: int, ranks_per_node: int | Sequence[int]) -> list[int]:
-    if isinstance(ranks_per_node, int) and not isinstance(ranks_per_node, bool):
-        if ranks_per_node < 1:
-            raise ValueError(f"ranks_per_node: expected at least 1, got {ranks_per_node}")
-        return [rank // ranks_per_node for rank in range(size)]
-    try:
-        sizes = [int(n) for n in ranks_per_node]  # type: ignore[union-attr]
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"ranks_per_node: expected a number or a sequence of numbers, got {ranks_per_node!r}"
-        ) from None
+    if not isinstance(ranks_per_node, (list, tuple)):
+        length = _number(ranks_per_node)
+        if length < 1:
+            raise ValueError(f"ranks_per_node: expected at least 1, got {length}")
+        return [rank // length for rank in range(size)]
+    sizes = [_number(n) for n in ranks_per_node]
     if any(n < 1 for n in sizes) or sum(sizes) != size:
         raise ValueError(
             f"ranks_per_node: expected positive numbers that sum to {size} ranks, got {sizes}"
         )
     return [node for node, n in enumerate(sizes) for _ in range(n)]
+
+
+def _number(value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"ranks_per_node: expected a whole number or a sequence of them, got {value!r}")

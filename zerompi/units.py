@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
 
 class UnitPlan(NamedTuple):
     """A module whose own parameters form one unit."""
@@ -36,22 +38,17 @@ def plan_units(model: nn.Module, units: Units = None) -> list[UnitPlan]:
     """
     chosen = _chosen_modules(model, units)
     names = {id(module): name for name, module in model.named_modules()}
-    owner: dict[int, list[int]] = {}  # parameter -> path of unit module ids from the root
+    paths: dict[int, list[list[int]]] = {}  # parameter -> the units around each of its places
     parameter_of: dict[int, tuple[str, nn.Parameter]] = {}
 
     def visit(module: nn.Module, path: list[int]) -> None:
         if id(module) in chosen and id(module) not in path:
             path = [*path, id(module)]
         for name, parameter in module.named_parameters(recurse=False):
-            key = id(parameter)
-            if key in owner:
-                # A unit that hangs in several places keeps its own: its hooks run at every call.
-                if owner[key][-1] != path[-1]:
-                    owner[key] = _common_prefix(owner[key], path)
-            else:
-                owner[key] = path
-                prefix = names[id(module)]
-                parameter_of[key] = (f"{prefix}.{name}" if prefix else name, parameter)
+            paths.setdefault(id(parameter), []).append(path)
+            prefix = names[id(module)]
+            full_name = f"{prefix}.{name}" if prefix else name
+            parameter_of.setdefault(id(parameter), (full_name, parameter))
         for child in module.children():
             visit(child, path)
 
@@ -60,18 +57,14 @@ def plan_units(model: nn.Module, units: Units = None) -> list[UnitPlan]:
     for name, module in model.named_modules():
         if id(module) in chosen and module is not model:
             plans[id(module)] = UnitPlan(name, module, [])
-    for key, path in owner.items():
-        plans[path[-1]].parameters.append(parameter_of[key])
+    for key, places in paths.items():
+        plans[_closest_common(places)].parameters.append(parameter_of[key])
     return [plan for plan in plans.values() if plan.parameters or plan.module is model]
 
 
-def _common_prefix(a: list[int], b: list[int]) -> list[int]:
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return a[:length]
+def _closest_common(paths: Sequence[Sequence[int]]) -> int:
+    """The innermost unit on all paths from the root: also one that hangs in several places itself."""
+    return next(unit for unit in reversed(paths[0]) if all(unit in path for path in paths))
 
 
 def _chosen_modules(model: nn.Module, units: Units) -> set[int]:
@@ -100,15 +93,14 @@ def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
     def visit(module: nn.Module) -> None:
         children = list(module.children())
-        if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-            counts = Counter(type(child) for child in children if _has_parameters(child))
-            blocks = [
+        if isinstance(module, _CONTAINERS):
+            candidates = [
                 child
                 for child in children
-                if counts[type(child)] > 1
-                and _has_parameters(child)
-                and not isinstance(child, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+                if not isinstance(child, _CONTAINERS) and any(True for _ in child.parameters())
             ]
+            counts = Counter(type(child) for child in candidates)
+            blocks = [child for child in candidates if counts[type(child)] > 1]
             found.extend(blocks)
             children = [child for child in children if not any(child is block for block in blocks)]
         for child in children:
@@ -116,7 +108,3 @@ def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
     visit(model)
     return found
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())

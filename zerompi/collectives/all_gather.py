@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zerompi.arrays import flat_tensor
+from zerompi.arrays import copy_values, flat_tensor
 from zerompi.collectives import contract
 from zerompi.collectives.group import Group
 
@@ -28,7 +28,7 @@ def all_gather(send: Any, recv: Any, group: Group) -> None:
         TypeError, ValueError: wrong arguments on this rank, before any communication.
         MismatchError: ranks disagree on size or dtype, or another rank's arguments are wrong.
 
-    See also:
+    See Also:
         `zerompi.autograd.all_gather`.
     """
 
@@ -46,7 +46,7 @@ def all_gather(send: Any, recv: Any, group: Group) -> None:
     n = block.numel()
     own = out[group.rank * n : (group.rank + 1) * n]
     if n and not contract.same_memory(block, own):
-        own.copy_(block)
+        copy_values(own, block)
     gather_blocks(out, [(r * n, (r + 1) * n) for r in range(group.size)], group)
 
 

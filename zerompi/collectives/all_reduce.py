@@ -29,7 +29,7 @@ def all_reduce(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
         TypeError, ValueError: wrong arguments on this rank, before any communication.
         MismatchError: ranks disagree on size, dtype or op, or another rank's arguments are wrong.
 
-    See also:
+    See Also:
         `zerompi.autograd.all_reduce`.
     """
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zerompi.arrays import flat_tensor
+from zerompi.arrays import copy_values, flat_tensor
 from zerompi.collectives import contract
 from zerompi.collectives.group import Group
 
@@ -25,7 +25,7 @@ def all_to_all(send: Any, recv: Any, group: Group) -> None:
         TypeError, ValueError: wrong arguments on this rank, before any communication.
         MismatchError: ranks disagree on size or dtype, or another rank's arguments are wrong.
 
-    See also:
+    See Also:
         `zerompi.autograd.all_to_all`.
     """
 
@@ -49,7 +49,7 @@ def swap_blocks(source: Tensor, out: Tensor, group: Group, *, label: str = "all_
     n = source.numel() // group.size
     sends = source.view(group.size, n)
     recvs = out.view(group.size, n)
-    recvs[group.rank].copy_(sends[group.rank])
+    copy_values(recvs[group.rank], sends[group.rank])
     others = [peer for peer in range(group.size) if peer != group.rank]
     group.exchange(
         [(peer, sends[peer]) for peer in others],

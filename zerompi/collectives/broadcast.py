@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zerompi.arrays import flat_tensor
+from zerompi.arrays import copy_values, flat_tensor
 from zerompi.collectives import contract
 from zerompi.collectives.all_gather import gather_blocks
 from zerompi.collectives.group import Group
@@ -31,7 +31,7 @@ def broadcast(send: Any, recv: Any, group: Group, root: int = 0) -> None:
         TypeError, ValueError: wrong arguments on this rank, before any communication.
         MismatchError: ranks disagree on size, dtype or root, or another rank's arguments are wrong.
 
-    See also:
+    See Also:
         `zerompi.autograd.broadcast`.
     """
 
@@ -46,7 +46,7 @@ def broadcast(send: Any, recv: Any, group: Group, root: int = 0) -> None:
 
     source, out, _ = contract.agreed(group, "broadcast", check)
     if group.rank == root and not contract.same_memory(source, out):
-        out.copy_(source)
+        copy_values(out, source)
     spread(out, group, root)
 
 

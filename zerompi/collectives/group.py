@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ class Group:
         traffic: bytes that this rank has sent; shared with the groups made by `split`.
 
     Raises:
-        ValueError: `topology` has another number of ranks, or `algorithm` is unknown.
+        TypeError, ValueError: `comm` is no intra-communicator, `topology` has another number of ranks,
+            or `algorithm` is unknown.
+        MismatchError: ranks disagree on the topology or the algorithm, or another rank's are wrong.
     """
 
     def __init__(
@@ -55,13 +57,15 @@ class Group:
         algorithm: Algorithm | None = None,
     ) -> None:
         comm = MPI.COMM_WORLD if comm is None else comm
-        if topology is not None and topology.size != comm.size:
-            raise ValueError(
-                f"topology: expected one of {comm.size} ranks, got one of {topology.size}"
-            )
-        if algorithm not in (None, "flat", "hierarchical"):
-            raise ValueError(f"algorithm: expected 'flat' or 'hierarchical', got {algorithm!r}")
-        self._set(comm.Dup(), topology, algorithm, Traffic())
+        if not isinstance(comm, MPI.Intracomm):
+            raise TypeError(f"comm: expected an MPI intra-communicator, got {type(comm).__name__}")
+        own: MPI.Intracomm = comm.Dup()
+        try:
+            _agree_on_arguments(own, topology, algorithm)
+        except BaseException:
+            own.Free()
+            raise
+        self._set(own, topology, algorithm, Traffic())
 
     def _set(
         self,
@@ -91,11 +95,21 @@ class Group:
     def split(self, ranks_of_each: Sequence[Sequence[int]]) -> Group:
         """The group of this rank among disjoint groups that cover all ranks. Collective.
 
-        Ranks of the new group are numbered in the order in which their list has them.
+        Ranks of the new group are numbered in the order in which their list has them. The algorithm is
+        chosen anew, as for `algorithm=None`.
+
+        Raises:
+            ValueError: the lists do not hold each rank once; on every rank.
+            MismatchError: ranks have different lists.
         """
+        self.agree(f"split into {[list(ranks) for ranks in ranks_of_each]}")
+        if sorted(rank for ranks in ranks_of_each for rank in ranks) != list(range(self.size)):
+            raise ValueError(
+                f"ranks_of_each: expected each of {self.size} ranks once, got {ranks_of_each}"
+            )
         color = next(i for i, ranks in enumerate(ranks_of_each) if self.rank in ranks)
         ranks = ranks_of_each[color]
-        comm = self.comm.Split(color, ranks.index(self.rank))
+        comm = cast("MPI.Intracomm", self.comm.Split(color, ranks.index(self.rank)))
         group = Group.__new__(Group)
         group._set(comm, self.topology.restrict(ranks), None, self.traffic)
         return group
@@ -123,11 +137,12 @@ class Group:
 
         Raises:
             MismatchError: ranks have different signatures; raised on all, naming all.
+            ZerompiError: the group is closed.
         """
+        self._check_open()
         if self.size == 1:
             return (flags,)
         header = np.array([_digest(signature), flags], dtype=np.uint64)
-        self._check_open()
         self.comm.Allgather(header, self._headers)
         for peer, level in enumerate(self._levels):
             if peer != self.rank:
@@ -194,6 +209,27 @@ class Group:
 
     def __repr__(self) -> str:
         return f"Group(rank {self.rank} of {self.topology}, {self.algorithm})"
+
+
+def _agree_on_arguments(
+    comm: MPI.Intracomm, topology: Topology | None, algorithm: str | None
+) -> None:
+    """Raise on all ranks if one has wrong arguments, or others than rank 0."""
+    error = None
+    if topology is not None and topology.size != comm.size:
+        error = f"topology: expected one of {comm.size} ranks, got one of {topology.size}"
+    elif algorithm not in (None, "flat", "hierarchical"):
+        error = f"algorithm: expected 'flat', 'hierarchical' or None, got {algorithm!r}"
+    layout = "discovered" if topology is None else f"of ranks on nodes {topology.node_of}"
+    answers = comm.allgather((error, f"topology {layout}, algorithm {algorithm}"))
+    if error is not None:
+        raise ValueError(error)
+    for rank, (refusal, _) in enumerate(answers):
+        if refusal is not None:
+            raise MismatchError(f"rank {rank} refused the arguments of Group: {refusal}")
+    settings = [text for _, text in answers]
+    if len(set(settings)) > 1:
+        raise MismatchError(_disagreement(settings))
 
 
 def _parts(tensor: Tensor) -> list[MPI.buffer]:

@@ -12,7 +12,7 @@ from zerompi.arrays import flat_tensor
 from zerompi.collectives import contract
 from zerompi.collectives.all_gather import Ranges
 from zerompi.collectives.group import Group
-from zerompi.dtypes import accumulate_dtype
+from zerompi.dtypes import SAME_SUM, accumulate_dtype
 
 _CHUNK_NBYTES = 4 << 20
 _STAGING_NBYTES = 64 << 20
@@ -35,7 +35,7 @@ def reduce_scatter(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
         TypeError, ValueError: wrong arguments on this rank, before any communication.
         MismatchError: ranks disagree on size, dtype or op, or another rank's arguments are wrong.
 
-    See also:
+    See Also:
         `zerompi.autograd.reduce_scatter`.
     """
 
@@ -137,10 +137,14 @@ def _hierarchical_chunk(
 def sum_in_order(summands: Sequence[Tensor], out: Tensor, scale: float) -> None:
     """`out` = `scale` times the sum of `summands`, accumulated from the first to the last.
 
-    `out` may be one of the summands. All are 1-D and of one dtype; see `accumulate_dtype`.
+    `out` may be one of the summands. All are 1-D and of one dtype; see `accumulate_dtype`. Integers
+    have no scale but 1.
     """
     if not out.numel():
         return
+    if out.dtype in SAME_SUM:
+        out = out.view(SAME_SUM[out.dtype])
+        summands = [summand.view(out.dtype) for summand in summands]
     total = summands[0].to(accumulate_dtype(out.dtype), copy=True)
     for summand in summands[1:]:
         if total.dtype is torch.bool:
