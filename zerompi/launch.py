@@ -6,9 +6,12 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from zerompi.errors import ZerompiError
 
@@ -110,50 +113,94 @@ def prepare_environment() -> None:
 
 # -- errors ------------------------------------------------------------------------------------
 
+_PID = os.getpid()  # children made by fork inherit the hooks, but are no ranks
+_EXIT_GRACE = 1.0  # seconds in which ranks that all leave with a failure may end by themselves
+
 
 def abort_on_exception() -> None:
-    """End the whole job when an exception ends this process, or one of its threads.
+    """End the whole job when an exception or a failed `sys.exit` ends this process, or a thread raises.
 
     Without it the other ranks would wait for this one for ever. The traceback is printed first, each line
-    marked with the rank. Does nothing in a job of one rank.
+    marked with the rank. Nothing changes in a job of one rank, or in a child made by fork.
     """
-    if getattr(sys.excepthook, "zerompi", False):
-        return
-    sys.excepthook = _Excepthook(sys.excepthook)
-    threading.excepthook = _thread_excepthook
+    if sys.exit is not _exit:
+        sys.excepthook = partial(_excepthook, sys.excepthook)
+        threading.excepthook = partial(_thread_excepthook, threading.excepthook)
+        sys.exit = _exit
 
 
-class _Excepthook:
-    zerompi = True
-
-    def __init__(self, before: object) -> None:
-        self.before = before
-
-    def __call__(
-        self,
-        kind: type[BaseException],
-        value: BaseException,
-        trace: TracebackType | None,
-    ) -> None:
-        if _is_alone():
-            sys.__excepthook__(kind, value, trace)
-            return
+def _excepthook(
+    before: Callable[[type[BaseException], BaseException, TracebackType | None], object],
+    kind: type[BaseException],
+    value: BaseException,
+    trace: TracebackType | None,
+) -> None:
+    if _is_alone():
+        before(kind, value, trace)
+    else:
         report_and_abort(kind, value, trace)
 
 
-def _thread_excepthook(args: threading.ExceptHookArgs) -> None:
-    if args.exc_type is SystemExit:
+def _thread_excepthook(
+    before: Callable[[threading.ExceptHookArgs], object], args: threading.ExceptHookArgs
+) -> None:
+    if args.exc_value is None or isinstance(args.exc_value, SystemExit) or _is_alone():
+        before(args)
+    else:
+        report_and_abort(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+class _Exit(SystemExit):
+    """What `sys.exit` raises, so that an exit that nobody catches is noticed.
+
+    No hook is called for SystemExit, and a function of atexit does not see the status. But the interpreter
+    drops the exception once it has taken the status from it, and does so with no Python frame left
+    on the stack; whoever catches one has a frame.
+    """
+
+    def __del__(self) -> None:
+        if sys._getframe().f_back is None:
+            _abort_if_failed(self.code)
+
+
+_Exit.__name__ = _Exit.__qualname__ = "SystemExit"
+_Exit.__module__ = "builtins"
+
+
+def _exit(status: object = None, /) -> NoReturn:
+    """Exit the interpreter by raising SystemExit(status); a failure ends all ranks of the job."""
+    raise _Exit(status)
+
+
+def _abort_if_failed(code: object) -> None:
+    """End the job if `code`, an argument of `sys.exit`, is a failure."""
+    status = 0 if code is None else code & 0xFF if isinstance(code, int) else 1
+    if status == 0 or _is_alone():
         return
-    if _is_alone() or args.exc_value is None:
-        threading.__excepthook__(args)
-        return
-    report_and_abort(args.exc_type, args.exc_value, args.exc_traceback)
+    from mpi4py import MPI
+
+    sys.stdout.flush()
+    # Where all ranks leave because of the same failure, each has said why before the first aborts.
+    time.sleep(_EXIT_GRACE)
+    sys.stderr.write(f"{_mark()} left with sys.exit({code!r}): ending the job\n")
+    sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(status)
 
 
 def _is_alone() -> bool:
+    """Whether no other rank can wait for this process."""
     from mpi4py import MPI
 
+    if os.getpid() != _PID:
+        return True
     return not MPI.Is_initialized() or MPI.Is_finalized() or MPI.COMM_WORLD.size == 1
+
+
+def _mark() -> str:
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    return f"[rank {world.rank} of {world.size} on {socket.gethostname()}]"
 
 
 def report_and_abort(
@@ -162,10 +209,9 @@ def report_and_abort(
     """Print the traceback with this rank's mark, then end all ranks of COMM_WORLD with status 1."""
     from mpi4py import MPI
 
-    world = MPI.COMM_WORLD
-    mark = f"[rank {world.rank} of {world.size} on {socket.gethostname()}]"
+    mark = _mark()
     lines = "".join(traceback.format_exception(kind, value, trace)).splitlines()
     sys.stdout.flush()
     sys.stderr.write("".join(f"{mark} {line}\n" for line in lines))
     sys.stderr.flush()
-    world.Abort(1)
+    MPI.COMM_WORLD.Abort(1)
