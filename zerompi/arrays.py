@@ -75,6 +75,9 @@ def _from_numpy(name: str, array: np.ndarray[Any, Any], writable: bool) -> Tenso
         if writable:
             raise ValueError(f"{name}: expected a writable array, got a read-only one")
         array = np.asarray(_Lent(array))
+    if array.dtype.kind in "iu" and array.dtype.isnative:
+        # torch knows one of C's integer types of a size (long), not the others (long long).
+        array = array.view(np.dtype(f"{array.dtype.kind}{array.dtype.itemsize}"))
     try:
         return torch.from_numpy(array).view(-1)
     except TypeError as error:

@@ -1,0 +1,93 @@
+"""All-gather: values, dtypes, shapes, in-place form, uneven blocks, bytes sent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, raw
+
+from zerompi.collectives import all_gather
+from zerompi.collectives.all_gather import gather_blocks
+from zerompi.traffic import INTER_NODE, INTRA_NODE
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_all_gather_moves_every_bit_of_every_dtype(group, dtype):
+    send = raw(dtype, 5, group.rank)
+    recv = raw(dtype, 5 * group.size, 77)
+    all_gather(send, recv, group)
+    assert as_bytes(recv) == b"".join(as_bytes(raw(dtype, 5, r)) for r in range(group.size))
+    assert as_bytes(send) == as_bytes(raw(dtype, 5, group.rank))
+
+
+@pytest.mark.parametrize("code", NUMPY_DTYPES)
+def test_all_gather_takes_numpy_arrays(flat, code):
+    values = [np.arange(6).reshape(2, 3).astype(code) + np.ones((), code) for _ in range(flat.size)]
+    recv = np.zeros((flat.size, 2, 3), dtype=code)
+    all_gather(values[flat.rank], recv, flat)
+    np.testing.assert_array_equal(recv, np.stack(values))
+
+
+def test_all_gather_takes_an_array_and_a_tensor_together(group):
+    send = np.full(4, group.rank, dtype=np.float32)
+    recv = torch.empty(group.size, 4)
+    all_gather(send, recv, group)
+    assert recv[:, 0].tolist() == list(range(group.size))
+
+
+def test_all_gather_in_place_reads_its_own_block(group):
+    recv = torch.full((group.size, 3), -1)
+    recv[group.rank] = group.rank
+    all_gather(recv[group.rank], recv, group)
+    assert recv.tolist() == [[rank] * 3 for rank in range(group.size)]
+
+
+def test_all_gather_of_a_scalar(group):
+    recv = torch.empty(group.size, dtype=torch.int64)
+    all_gather(torch.tensor(group.rank), recv, group)
+    assert recv.tolist() == list(range(group.size))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 2)])
+def test_all_gather_of_nothing_sends_nothing(group, shape):
+    all_gather(torch.empty(shape), torch.empty(group.size, *shape), group)
+    assert group.traffic.total("all_gather") == 0
+
+
+def test_all_gather_reads_a_read_only_array_without_a_warning(flat, recwarn):
+    send = np.full(3, flat.rank)
+    send.flags.writeable = False
+    recv = np.empty(3 * flat.size, dtype=send.dtype)
+    all_gather(send, recv, flat)
+    np.testing.assert_array_equal(recv, np.repeat(np.arange(flat.size), 3))
+    assert not send.flags.writeable
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 5, 1], [0, 0, 0, 7], [4, 4, 4, 4], [0, 0, 0, 0]])
+def test_gather_blocks_takes_blocks_of_any_length(group, lengths):
+    stops = np.cumsum(lengths[: group.size]).tolist()
+    starts = [0, *stops[:-1]]
+    ranges = list(zip(starts, stops, strict=True))
+    full = torch.full((stops[-1] + 2,), -1.0)
+    full[slice(*ranges[group.rank])] = group.rank
+    gather_blocks(full, ranges, group)
+    owners = [rank for rank in range(group.size) for _ in range(lengths[rank])]
+    assert full.tolist() == [*owners, -1, -1]
+
+
+def test_all_gather_enters_each_other_node_once(group):
+    numel = 10
+    all_gather(torch.zeros(numel), torch.zeros(numel * group.size), group)
+    topology, rank = group.topology, group.rank
+    node = topology.node_of[rank]
+    neighbours = len(topology.ranks_of_node[node]) - 1
+    if group.algorithm == "flat":
+        inter, intra = group.size - 1 - neighbours, neighbours
+    else:
+        inter = topology.num_nodes - 1
+        handled = sum(topology.delegate(node, owner) == rank for owner in range(group.size))
+        intra = handled * neighbours
+    assert group.traffic.total("all_gather", INTER_NODE) == inter * numel * 4
+    assert group.traffic.total("all_gather", INTRA_NODE) == intra * numel * 4

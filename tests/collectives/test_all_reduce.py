@@ -1,0 +1,75 @@
+"""All-reduce: the same bits on all ranks, in place, dtypes, bytes sent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from collectives.samples import NUMPY_DTYPES, PLAIN_DTYPES, as_bytes, documented_sum, numbers
+
+from zerompi.collectives import all_reduce
+from zerompi.layout import FlatLayout
+
+
+@pytest.mark.parametrize("dtype", PLAIN_DTYPES, ids=str)
+def test_all_ranks_get_the_documented_sum_bit_for_bit(group, dtype):
+    send = [numbers(dtype, 11, rank) for rank in range(group.size)]
+    recv = torch.empty(11, dtype=dtype)
+    all_reduce(send[group.rank], recv, group)
+    assert as_bytes(recv) == as_bytes(documented_sum(send, group))
+    assert len(set(group.comm.allgather(as_bytes(recv)))) == 1
+    assert as_bytes(send[group.rank]) == as_bytes(numbers(dtype, 11, group.rank))
+
+
+def test_mean_of_all_ranks(group):
+    send = [numbers(torch.float32, 11, rank) for rank in range(group.size)]
+    recv = torch.empty(11)
+    all_reduce(send[group.rank], recv, group, op="mean")
+    assert torch.equal(recv, documented_sum(send, group, 1.0 / group.size))
+
+
+def test_bool_sum_is_the_logical_or(group):
+    own = torch.zeros(group.size + 1, dtype=torch.bool)
+    own[group.rank] = True
+    all_reduce(own, own, group)
+    assert own.tolist() == [True] * group.size + [False]
+
+
+@pytest.mark.parametrize("code", NUMPY_DTYPES)
+def test_all_reduce_takes_numpy_arrays(flat, code):
+    send = np.ones((2, 3), dtype=code)
+    recv = np.zeros((2, 3), dtype=code)
+    all_reduce(send, recv, flat)
+    np.testing.assert_array_equal(recv, np.full((2, 3), flat.size, dtype=code))
+
+
+@pytest.mark.parametrize("numel", [1, 2, 3, 5, 64])
+def test_all_reduce_in_place(group, numel):
+    values = [numbers(torch.float64, numel, rank) for rank in range(group.size)]
+    own = values[group.rank].clone()
+    all_reduce(own, own, group)
+    assert torch.equal(own, documented_sum(values, group))
+
+
+def test_all_reduce_of_a_scalar(group):
+    recv = torch.tensor(-1)
+    all_reduce(torch.tensor(group.rank), recv, group)
+    assert recv.item() == sum(range(group.size))
+
+
+def test_all_reduce_of_nothing_sends_nothing(group):
+    all_reduce(torch.empty(3, 0), torch.empty(0), group)
+    assert group.traffic.total("all_reduce") == 0
+
+
+def test_a_rank_sends_its_part_of_a_reduce_scatter_and_an_all_gather(flat):
+    numel = 12 * flat.size
+    all_reduce(torch.zeros(numel), torch.zeros(numel), flat)
+    assert flat.traffic.total("all_reduce") == 2 * (numel - numel // flat.size) * 4
+
+
+def test_padding_never_travels(flat):
+    numel = 4 * flat.size + 1
+    all_reduce(torch.zeros(numel), torch.zeros(numel), flat)
+    own = FlatLayout([(numel,)], flat.size).shard_ranges[flat.rank].numel
+    assert flat.traffic.total("all_reduce") == (numel - own + (flat.size - 1) * own) * 4

@@ -1,0 +1,50 @@
+"""All-to-all: block r goes to rank r."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, raw
+
+from zerompi.collectives import all_to_all
+from zerompi.traffic import INTER_NODE
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_all_to_all_moves_every_bit_of_every_dtype(flat, dtype):
+    n = 3
+    send = [raw(dtype, n * flat.size, rank) for rank in range(flat.size)]
+    recv = raw(dtype, n * flat.size, 77)
+    all_to_all(send[flat.rank], recv, flat)
+    own = slice(flat.rank * n, (flat.rank + 1) * n)
+    assert as_bytes(recv) == b"".join(as_bytes(part[own]) for part in send)
+    assert as_bytes(send[flat.rank]) == as_bytes(raw(dtype, n * flat.size, flat.rank))
+
+
+def test_all_to_all_transposes_over_every_layout(group):
+    send = torch.arange(group.size) + 10 * group.rank
+    recv = torch.empty_like(send)
+    all_to_all(send, recv, group)
+    assert recv.tolist() == [10 * rank + group.rank for rank in range(group.size)]
+
+
+@pytest.mark.parametrize("code", NUMPY_DTYPES)
+def test_all_to_all_takes_numpy_arrays(flat, code):
+    send = np.full((flat.size, 2), flat.rank, dtype=code)
+    recv = np.empty((flat.size, 2), dtype=code)
+    all_to_all(send, recv, flat)
+    expected = np.repeat(np.arange(flat.size), 2).reshape(flat.size, 2).astype(code)
+    np.testing.assert_array_equal(recv, expected)
+
+
+def test_all_to_all_of_nothing_sends_nothing(group):
+    all_to_all(torch.empty(0), torch.empty(0, 2), group)
+    assert group.traffic.total("all_to_all") == 0
+
+
+def test_all_to_all_sends_each_block_once(group):
+    all_to_all(torch.zeros(5 * group.size), torch.zeros(5 * group.size), group)
+    assert group.traffic.total("all_to_all") == (group.size - 1) * 5 * 4
+    others = sum(not group.topology.same_node(group.rank, peer) for peer in range(group.size))
+    assert group.traffic.total("all_to_all", INTER_NODE) == others * 5 * 4

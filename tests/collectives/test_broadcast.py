@@ -1,0 +1,71 @@
+"""Broadcast and reduce: from the root to all, from all to the root."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, documented_sum, numbers, raw
+
+from zerompi.collectives import broadcast
+from zerompi.collectives.reduce import reduce_to_root
+
+LARGE = 20_001  # float32: more than what the root sends to everyone by itself
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_broadcast_moves_every_bit_of_every_dtype(flat, dtype):
+    root = flat.size - 1
+    recv = raw(dtype, 5, 77)
+    broadcast(raw(dtype, 5, flat.rank), recv, flat, root=root)
+    assert as_bytes(recv) == as_bytes(raw(dtype, 5, root))
+
+
+@pytest.mark.parametrize("numel", [1, 7, LARGE])
+def test_broadcast_from_every_root(group, numel):
+    for root in range(group.size):
+        recv = torch.full((numel,), -1.0)
+        broadcast(numbers(torch.float32, numel, group.rank), recv, group, root=root)
+        assert torch.equal(recv, numbers(torch.float32, numel, root))
+
+
+@pytest.mark.parametrize("numel", [3, LARGE])
+def test_broadcast_in_place(group, numel):
+    own = numbers(torch.float32, numel, group.rank)
+    broadcast(own, own, group)
+    assert torch.equal(own, numbers(torch.float32, numel, 0))
+
+
+@pytest.mark.parametrize("code", NUMPY_DTYPES)
+def test_broadcast_takes_numpy_arrays(flat, code):
+    send = np.full((2, 3), flat.rank + 1, dtype=code)
+    recv = np.zeros((2, 3), dtype=code)
+    broadcast(send, recv, flat)
+    np.testing.assert_array_equal(recv, np.ones((2, 3), dtype=code))
+
+
+def test_broadcast_of_a_scalar(group):
+    recv = torch.tensor(-1)
+    broadcast(torch.tensor(group.rank + 5), recv, group)
+    assert recv.item() == 5
+
+
+def test_broadcast_of_nothing_sends_nothing(group):
+    broadcast(torch.empty(0), torch.empty(0), group)
+    assert group.traffic.total("broadcast") == 0
+
+
+def test_only_the_root_sends_a_small_broadcast(group):
+    broadcast(torch.zeros(10), torch.zeros(10), group)
+    expected = (group.size - 1) * 40 if group.rank == 0 else 0
+    assert group.traffic.total("broadcast") == expected
+
+
+@pytest.mark.parametrize("numel", [0, 1, 7, LARGE])
+def test_reduce_brings_the_documented_sum_to_the_root(group, numel):
+    values = [numbers(torch.float32, numel, rank) for rank in range(group.size)]
+    for root in range(group.size):
+        own = values[group.rank].clone()
+        reduce_to_root(own, group, root)
+        if group.rank == root:
+            assert torch.equal(own, documented_sum(values, group))
