@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -10,37 +11,40 @@ from zerompi.collectives.broadcast import broadcast
 from zerompi.collectives.group import Group
 
 
-class _Entry(NamedTuple):
-    name: str
+class _Owner(NamedTuple):
+    """A module that has buffers, and the version of each when it was last sent."""
+
     module: nn.Module
-    key: str
+    seen: dict[str, tuple[int, int]]
 
 
 class ModuleBuffers:
-    """Keeps the buffers of all ranks equal to rank 0's, sending only those that have changed.
+    """Keeps the buffers of all ranks equal to rank 0's, sending only those of modules that changed one.
 
-    Whether a buffer has changed is seen from its version counter, which every in-place operation of
-    torch increments; a buffer that never changes (a mask, a table of frequencies) is sent once.
+    Whether a buffer has changed is seen from its version counter, which torch's in-place operations
+    increment; a buffer that never changes (a mask, a table of frequencies) is sent once. The unit
+    of sending is the module because batch norm updates its statistics without incrementing their
+    counters, but increments that of `num_batches_tracked` beside them.
     """
 
     def __init__(self, model: nn.Module, world: Group) -> None:
         self.world = world
-        self._entries = [
-            _Entry(f"{prefix}.{key}" if prefix else key, module, key)
-            for prefix, module in model.named_modules()
-            for key in module._buffers
-        ]
-        self._seen: dict[str, tuple[int, int]] = {}
+        self._owners = [_Owner(module, {}) for module in model.modules() if module._buffers]
 
     def synchronise(self, *, everything: bool = False) -> None:
         """Broadcast rank 0's changed buffers, or all. Collective, if any has changed on any rank."""
-        for name, module, key in self._entries:
-            buffer = module._buffers.get(key)
-            if buffer is None or buffer.is_meta:
+        for module, seen in self._owners:
+            buffers = {
+                key: buffer
+                for key, buffer in module._buffers.items()
+                if buffer is not None and not buffer.is_meta
+            }
+            if not everything and seen == _versions(buffers):
                 continue
-            if everything or self._seen.get(name) != (id(buffer), buffer._version):
+            for buffer in buffers.values():
                 self._broadcast(buffer)
-                self._seen[name] = (id(buffer), buffer._version)
+            seen.clear()
+            seen.update(_versions(buffers))
 
     def _broadcast(self, buffer: Tensor) -> None:
         if self.world.size == 1 or not buffer.numel():
@@ -48,3 +52,7 @@ class ModuleBuffers:
         values = buffer.detach().contiguous().clone()
         broadcast(values, values, self.world)
         buffer.detach().copy_(values)
+
+
+def _versions(buffers: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    return {key: (id(buffer), buffer._version) for key, buffer in buffers.items()}

@@ -14,6 +14,7 @@ created before any other of its forward, so when that node runs, the unit's back
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -58,6 +59,7 @@ class Hooks:
         self._sharded = context.stage.parameter is Placement.SHARD
         self._end_is_queued = False
         self._kept: list[Unit] = []
+        self._running: Counter[Unit] = Counter()
         self._handles: list[RemovableHandle] = []
         for unit in units:
             self._register(unit)
@@ -104,6 +106,7 @@ class Hooks:
     def _before_forward(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._running[unit] += 1
         unit.holds += 1
         unit.unshard()
         if not self._sharded or not torch.is_grad_enabled():
@@ -121,6 +124,9 @@ class Hooks:
     def _after_forward(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Any:
+        if not self._running[unit]:
+            return output  # called although a hook before ours has refused the forward
+        self._running[unit] -= 1
         unit.holds -= 1
         if self._sharded and output is not None:
             output = map_tensors(partial(_own_memory, unit), output)
