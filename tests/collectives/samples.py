@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from zerompi.collectives import Group
 from zerompi.dtypes import accumulate_dtype
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.empty(0, dtype=torch.complex32)  # torch warns once that it is experimental
 
 LAYOUTS = ["flat", "one node", "2+2", "3+1", "1+3", "1+2", "2+1", "1+1", "1+1+1+1", "0,1,0,1"]
 

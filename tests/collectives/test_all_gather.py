@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, raw
 
+from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, raw
 from zerompi.collectives import all_gather
 from zerompi.collectives.all_gather import gather_blocks
 from zerompi.traffic import INTER_NODE, INTRA_NODE

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from collectives.samples import NUMPY_DTYPES, PLAIN_DTYPES, as_bytes, documented_sum, numbers
 
+from collectives.samples import NUMPY_DTYPES, PLAIN_DTYPES, as_bytes, documented_sum, numbers
 from zerompi.collectives import all_reduce
 from zerompi.layout import FlatLayout
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, documented_sum, numbers, raw
 
+from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, documented_sum, numbers, raw
 from zerompi.collectives import broadcast
 from zerompi.collectives.reduce import reduce_to_root
 
