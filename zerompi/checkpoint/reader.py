@@ -1,0 +1,231 @@
+"""Reading any part of a checkpoint, or of the weights in a Hugging Face directory."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zerompi.checkpoint.errors import CheckpointError
+from zerompi.checkpoint.safetensors_file import Header, StoredTensor, read_header
+from zerompi.checkpoint.shards import find_files, index_path
+from zerompi.checkpoint.state_file import (
+    PIECE_NBYTES,
+    STATE_NAME,
+    FileChecksums,
+    parse_checksums,
+    read_state,
+)
+from zerompi.checkpoint.table import TensorSpec
+
+
+class _OpenFile(NamedTuple):
+    path: Path
+    descriptor: int
+    header: Header
+    checksums: FileChecksums | None
+
+
+class _Place(NamedTuple):
+    """Where a tensor stands."""
+
+    file: _OpenFile
+    tensor: StoredTensor
+
+
+class CheckpointReader:
+    """A checkpoint directory, or a Hugging Face directory with safetensors files, opened for reading.
+
+    Not collective. Opening reads the headers only; what has checksums is verified as it is read.
+
+    Attributes:
+        model_specs: weights and buffers by name.
+        optimizer_specs: tensors of the optimizer's state by name; empty where there are none.
+        state: the content of `state.json`; empty for a Hugging Face directory.
+
+    Raises:
+        CheckpointError: nothing readable is there, or it is damaged, cut off or of a newer format.
+    """
+
+    model_specs: dict[str, TensorSpec]
+    optimizer_specs: dict[str, TensorSpec]
+    state: dict[str, Any]
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with ExitStack() as stack:
+            try:
+                self.state = _read_state(self.path)
+                self._model = _open_files(self.path, "model", self.state, stack)
+                if not self.state and not self._model:
+                    _refuse_without_model(self.path)
+                # Without a state.json such a file is not ours.
+                self._optimizer = (
+                    _open_files(self.path, "optimizer", self.state, stack) if self.state else {}
+                )
+            except OSError as error:
+                raise CheckpointError(f"{error.filename or path}: {error.strerror}") from error
+            self._stack = stack.pop_all()
+        self.model_specs = {name: place.tensor.spec for name, place in self._model.items()}
+        self.optimizer_specs = {name: place.tensor.spec for name, place in self._optimizer.items()}
+
+    def read_model(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Read elements [start, stop) of a weight or buffer into `out`, (stop - start,).
+
+        `out` may have another dtype, where torch casts to it without changing the kind of number.
+
+        Raises:
+            CheckpointError: there are no such elements, they are damaged, or `out` cannot hold them.
+        """
+        self._read(self._model, name, start, stop, out)
+
+    def read_optimizer(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Read elements [start, stop) of an optimizer tensor into `out`, as `read_model` does."""
+        self._read(self._optimizer, name, start, stop, out)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._stack.close()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _read(
+        self, places: Mapping[str, _Place], name: str, start: int, stop: int, out: Tensor
+    ) -> None:
+        if name not in places:
+            raise CheckpointError(f"{self.path}: expected a tensor {name}, got none")
+        file, (spec, begin, _) = places[name]
+        if not 0 <= start <= stop <= spec.numel:
+            raise CheckpointError(
+                f"{file.path}: {name}: expected a range of its {spec.numel} elements, got "
+                f"[{start}, {stop})"
+            )
+        if out.shape != (stop - start,):
+            raise CheckpointError(
+                f"{name}: expected out of shape {(stop - start,)}, got {tuple(out.shape)}"
+            )
+        if not torch.can_cast(spec.dtype, out.dtype):
+            raise CheckpointError(
+                f"{file.path}: {name}: expected {out.dtype} or what casts to it, got {spec.dtype}"
+            )
+        itemsize, done = spec.dtype.itemsize, 0
+        for raw in _read_bytes(file, begin + start * itemsize, begin + stop * itemsize):
+            if raw.storage_offset() % itemsize or raw.numel() % itemsize:
+                raise CheckpointError(
+                    f"{self.path / STATE_NAME}: {name}: a checksum cuts an element"
+                )
+            values = raw.view(spec.dtype)
+            out[done : done + values.numel()].copy_(values)
+            done += values.numel()
+
+
+# -- opening -----------------------------------------------------------------------------------
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        found = "a file" if directory.exists() else "nothing there"
+        raise CheckpointError(f"{directory}: expected a checkpoint directory, got {found}")
+    path = directory / STATE_NAME
+    return read_state(path) if path.exists() else {}
+
+
+def _refuse_without_model(directory: Path) -> None:
+    pickled = sorted(path.name for path in directory.glob("pytorch_model*.bin*"))
+    if pickled:
+        raise CheckpointError(
+            f"{directory}: expected model.safetensors, got {pickled[0]}: convert it to safetensors "
+            "first (transformers: model.save_pretrained(..., safe_serialization=True))"
+        )
+    raise CheckpointError(
+        f"{directory}: expected model.safetensors or {index_path(directory, 'model').name}, got neither"
+    )
+
+
+def _open_files(
+    directory: Path, stem: str, state: Mapping[str, Any], stack: ExitStack
+) -> dict[str, _Place]:
+    """All tensors of the files `stem`; their descriptors are closed by `stack`."""
+    files = find_files(directory, stem)
+    checksums = state.get("checksums", {})
+    missing = [name for name in checksums if name.startswith(stem) and name not in files]
+    if missing:
+        raise CheckpointError(f"{directory / missing[0]}: expected a file, got nothing there")
+    places = {}
+    for name, tensors in files.items():
+        path = directory / name
+        descriptor = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        header = read_header(descriptor, str(path))
+        file = _OpenFile(path, descriptor, header, _checksums_of(path, header, state))
+        for tensor in header.tensors if tensors is None else tensors:
+            if tensor not in header.tensors:
+                raise CheckpointError(f"{path}: expected a tensor {tensor}, got none")
+            places[tensor] = _Place(file, header.tensors[tensor])
+    return places
+
+
+def _checksums_of(path: Path, header: Header, state: Mapping[str, Any]) -> FileChecksums | None:
+    if not state:
+        return None
+    try:
+        checksums = parse_checksums(state["checksums"].get(path.name), header.data_nbytes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.parent / STATE_NAME}: {path.name}: {error}") from None
+    if zlib.crc32(header.raw) != checksums.header:
+        raise CheckpointError(f"{path}: the header is damaged: its checksum differs")
+    return checksums
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+def _read_bytes(file: _OpenFile, begin: int, end: int) -> Iterator[Tensor]:
+    """Bytes [begin, end) after the header, in order, in tensors of uint8 that are valid until the next."""
+    if begin == end:
+        return
+    if file.checksums is None:
+        for first in range(begin, end, PIECE_NBYTES):
+            yield _pread(file, first, min(first + PIECE_NBYTES, end))
+        return
+    ends = file.checksums.ends
+    first_piece = int(np.searchsorted(ends, begin, side="right"))
+    for i in range(first_piece, len(ends)):
+        piece_begin, piece_end = int(ends[i - 1]) if i else 0, int(ends[i])
+        if piece_begin >= end:
+            return
+        raw = _pread(file, piece_begin, piece_end)
+        if zlib.crc32(raw.numpy().data) != file.checksums.crc32s[i]:
+            raise CheckpointError(
+                f"{file.path}: bytes [{piece_begin}, {piece_end}) after the header are damaged: "
+                "their checksum differs"
+            )
+        yield raw[max(begin - piece_begin, 0) : end - piece_begin]
+
+
+def _pread(file: _OpenFile, begin: int, end: int) -> Tensor:
+    raw = torch.empty(end - begin, dtype=torch.uint8)
+    rest = raw.numpy().data
+    while rest:
+        count = os.preadv(file.descriptor, [rest], file.header.nbytes + end - len(rest))
+        if count == 0:
+            raise CheckpointError(f"{file.path}: expected {len(rest)} bytes more: cut off")
+        rest = rest[count:]
+    return raw
