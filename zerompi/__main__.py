@@ -1,0 +1,5 @@
+"""`python -m zerompi`."""
+
+from zerompi.cli import main
+
+main()

@@ -1,0 +1,25 @@
+"""The command line: `zerompi train`, `zerompi info`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; what console script `zerompi` calls. Ends with SystemExit.
+
+    Every rank of a job runs this with the same arguments. Only rank 0 writes to standard output, and
+    only rank 0 reports wrong usage: one line, and exit status 2 on all ranks.
+    """
+    from mpi4py import MPI
+
+    from zerompi.cli.app import run
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if MPI.COMM_WORLD.rank == 0:
+        sys.exit(run(given))
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        sys.exit(run(given))

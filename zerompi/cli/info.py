@@ -1,0 +1,74 @@
+"""`zerompi info`: what this installation and this job consist of."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from mpi4py import MPI
+from rich.console import Console
+from rich.table import Table
+
+import zerompi
+from zerompi.launch import launched_size, local_ranks, num_cores, threads_per_rank
+
+_PACKAGES = ("mpi4py", "torch", "numpy", "safetensors", "transformers")
+_THREAD_LEVELS = {
+    MPI.THREAD_SINGLE: "MPI_THREAD_SINGLE",
+    MPI.THREAD_FUNNELED: "MPI_THREAD_FUNNELED",
+    MPI.THREAD_SERIALIZED: "MPI_THREAD_SERIALIZED",
+    MPI.THREAD_MULTIPLE: "MPI_THREAD_MULTIPLE",
+}
+
+
+def info() -> None:
+    """Show the MPI library, the ranks and their nodes, versions, cores and memory.
+
+    With mpiexec it shows the job; without, a single process.
+    """
+    world = MPI.COMM_WORLD
+    topology = zerompi.Topology(world)
+    local_size = len(topology.ranks_of_node[topology.node_of[world.rank]])
+    hosts = world.gather(platform.node(), root=0)
+    threads = world.gather(threads_per_rank(local_size), root=0)
+    if hosts is None or threads is None:
+        return
+    table = Table(show_header=False, title=f"zerompi {zerompi.__version__}")
+    table.add_row("MPI library", MPI.Get_library_version().strip("\0\n ").splitlines()[0])
+    table.add_row("MPI standard", ".".join(map(str, MPI.Get_version())))
+    table.add_row("thread level", _THREAD_LEVELS.get(MPI.Query_thread(), "unknown"))
+    table.add_row("launcher", _launcher())
+    table.add_row("ranks", str(world.size))
+    for node, ranks in enumerate(topology.ranks_of_node):
+        names = ", ".join(sorted({hosts[rank] for rank in ranks}))
+        table.add_row(f"node {node}", f"{names}: ranks {', '.join(map(str, ranks))}")
+    table.add_row("cores of rank 0", f"{num_cores()} of {os.cpu_count()}")
+    table.add_row("threads per rank", ", ".join(map(str, sorted(set(threads)))))
+    table.add_row("memory of node 0", _memory())
+    table.add_row("Python", platform.python_version())
+    for name in _PACKAGES:
+        table.add_row(name, _version(name))
+    Console().print(table)
+
+
+def _launcher() -> str:
+    found = launched_size()
+    if found is None:
+        return "none (a single process)"
+    size, name = found
+    return f"{name}, {size} processes, {local_ranks()} on this node"
+
+
+def _memory() -> str:
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * page
+    available = os.sysconf("SC_AVPHYS_PAGES") * page
+    return f"{total / 2**30:.1f} GiB, {available / 2**30:.1f} GiB free"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,103 @@
+"""`zerompi train`: one option for each field of TrainConfig."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Optional
+
+import typer
+from mpi4py import MPI
+
+from zerompi.train.config import TrainConfig, field_types, make_config, option_name, read_toml
+
+_HELP = """Train a language model on text.
+
+Without options: a byte-level GPT on the documentation that every Python carries, its last tenth held
+out. Every option can also stand in a TOML file given with --config, under the same name; the
+command line wins. SIGTERM and SIGUSR1 save a checkpoint and end the run.
+"""
+
+
+def _run(**options: Any) -> None:
+    file = options.pop("config")
+    config = make_config(options, None if file is None else read_toml(Path(file)))
+    # Imported here so that --help is quick.
+    from zerompi.train.loop import train as run_job
+
+    try:
+        run_job(config, MPI.COMM_WORLD)
+    except (MemoryError, RuntimeError, OSError) as error:
+        _end_if_out_of_memory(error)
+        raise
+
+
+def _end_if_out_of_memory(error: BaseException) -> None:
+    """End the job with one line if that is what happened; the other ranks cannot be asked any more."""
+    from zerompi.train.memory import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return
+    world = MPI.COMM_WORLD
+    said = str(error).strip().splitlines()
+    detail = f" ({said[0]})" if said else ""
+    print(
+        f"error: rank {world.rank}: out of memory{detail}: try --stage 3, more ranks, --dtype bfloat16, a "
+        "smaller --batch with --accumulate, or --checkpoint-activations",
+        file=sys.stderr,
+        flush=True,
+    )
+    if world.size == 1:
+        sys.exit(1)
+    world.Abort(1)
+
+
+def _command() -> Callable[..., None]:
+    """`_run` with the signature from which typer makes the options."""
+    defaults = TrainConfig()
+    parameters = [
+        _parameter("config", str, "Configuration", "TOML file with any of the options below.")
+    ]
+    kinds = field_types()
+    for entry in fields(TrainConfig):
+        text, default = entry.metadata["help"], getattr(defaults, entry.name)
+        if default is not None and default is not False:
+            text += f" (default: {default})"
+        parameters.append(_parameter(entry.name, kinds[entry.name], entry.metadata["panel"], text))
+
+    def train(**options: Any) -> None:
+        _run(**options)
+
+    train.__doc__ = _HELP
+    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    train.__annotations__ = {p.name: p.annotation for p in parameters}
+    return train
+
+
+def _parameter(name: str, kind: type, panel: str, text: str) -> inspect.Parameter:
+    flags = [option_name(name)]
+    if kind is bool:
+        flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
+    option = typer.Option(None, *flags, help=text, rich_help_panel=panel, show_default=False)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=option,
+        annotation=Optional[kind],  # noqa: UP045 (built at run time)
+    )
+
+
+def add_missing_value(arguments: Sequence[str]) -> list[str]:
+    """`--resume` without a value means the latest checkpoint."""
+    complete = []
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        complete.append(argument)
+        if argument == "--resume" and following.startswith("-"):
+            complete.append("latest")
+    return complete
+
+
+train = _command()

@@ -1,0 +1,80 @@
+"""Where a run's checkpoints lie, which are kept, and which one it continues from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mpi4py import MPI
+
+from zerompi.checkpoint import find_latest, remove_leftovers
+from zerompi.train import huggingface
+from zerompi.train.agreement import agree
+from zerompi.train.config import InputError, TrainConfig
+from zerompi.train.job import Job
+
+
+def checkpoint_directory(config: TrainConfig) -> Path:
+    """The parent of all checkpoints of a run."""
+    return Path(config.out) / "checkpoints"
+
+
+def save_checkpoint(job: Job, step: int) -> Path:
+    """Save after `step` steps, then remove what `--keep` does not keep. Collective."""
+    path = checkpoint_directory(job.config) / f"step-{step}"
+    extra = {
+        "step": step,
+        "scheduler": job.scheduler.state_dict(),
+        "config": job.config.as_dict(),
+    }
+    job.zero.save(path, extra=extra)
+    if job.comm.rank == 0:
+        if job.config.model is not None:
+            for file in huggingface.companions(Path(job.config.model)):
+                shutil.copyfile(file, path / file.name)
+        if job.config.keep:
+            for old in _by_step(path.parent)[: -job.config.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def _by_step(directory: Path) -> list[Path]:
+    """The checkpoints in `directory`, oldest first."""
+    found = [
+        path
+        for path in directory.glob("step-*")
+        if path.name[5:].isdigit() and (path / "state.json").is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def prepare_output(config: TrainConfig, comm: MPI.Intracomm) -> Path | None:
+    """Make the output directory; return the checkpoint to continue from, if there is one. Collective.
+
+    Raises:
+        InputError: `--resume` names no checkpoint, or the directory holds those of an earlier run that
+            this one would mix with; the same on all ranks.
+    """
+    found = agree(comm, lambda: _prepare(config) if comm.rank == 0 else None)
+    latest: Path | None = comm.bcast(found, root=0)
+    return latest
+
+
+def _prepare(config: TrainConfig) -> Path | None:
+    directory = checkpoint_directory(config)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    remove_leftovers(directory)
+    latest = find_latest(directory)
+    if config.resume is None:
+        if latest is not None:
+            raise InputError(
+                f"--out: {config.out} has checkpoints of an earlier run; --resume continues from {latest.name}, "
+                "or choose another --out"
+            )
+        return None
+    if config.resume == "latest":
+        return latest
+    path = Path(config.resume)
+    if not (path / "state.json").is_file():
+        raise InputError(f"--resume: {path}: expected a complete checkpoint, got none")
+    return path

@@ -1,0 +1,214 @@
+"""The training loop of `zerompi train`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from math import fsum
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch.nn.functional as F
+from mpi4py import MPI
+from rich.console import Console
+
+from zerompi.train.agreement import agree
+from zerompi.train.checkpoints import prepare_output, save_checkpoint
+from zerompi.train.config import TrainConfig
+from zerompi.train.data import training_windows
+from zerompi.train.display import Display, StepMetrics, make_display
+from zerompi.train.evaluate import Evaluation, evaluate
+from zerompi.train.job import Job, prepare, restore
+from zerompi.train.memory import peak_rss
+from zerompi.train.metrics import MetricsLog
+from zerompi.train.model import next_token_logits
+from zerompi.train.sample import sample_continuation
+from zerompi.train.signals import StopRequest
+from zerompi.train.summary import Meter, Summary, print_summary, summarise
+
+
+class _Outcome(NamedTuple):
+    """How a step went, over all ranks."""
+
+    metrics: StepMetrics
+    signal: int
+
+
+def train(config: TrainConfig, comm: MPI.Intracomm) -> Summary | None:
+    """Train, evaluate, sample, and write everything under `config.out`. Collective.
+
+    Returns:
+        The summary, on all ranks; None if a signal stopped the run.
+
+    Raises:
+        InputError: the configuration cannot be used; the same on all ranks, before training.
+    """
+    path = prepare_output(config, comm)
+    job = prepare(config, comm)
+    done = 0 if path is None else restore(job, path)
+    log: MetricsLog | None = agree(
+        comm, lambda: MetricsLog(Path(config.out), done + 1) if comm.rank == 0 else None
+    )
+    display = make_display(config.progress, job.num_steps, done, shows=comm.rank == 0)
+    _introduce(job, done, path, display)
+    try:
+        with StopRequest() as stop:
+            return _Run(job, log, display, stop).from_step(done)
+    finally:
+        display.close()
+        if log is not None:
+            log.close()
+        job.zero.close()
+
+
+def _introduce(job: Job, done: int, path: Path | None, display: Display) -> None:
+    corpus, config = job.corpus, job.config
+    display.say(
+        f"{corpus.name}: {corpus.num_bytes:,} bytes, the last {corpus.held_out_bytes:,} held out; "
+        f"unigram entropy {corpus.unigram_entropy:.3f} bits per byte"
+    )
+    display.say(
+        f"{job.numel:,} parameters, {config.dtype}, stage {config.stage}, {job.topology.size} ranks on "
+        f"{job.topology.num_nodes} node{'s' * (job.topology.num_nodes > 1)}; {job.num_steps} steps of "
+        f"{config.tokens_per_step:,} tokens"
+    )
+    if path is not None:
+        display.say(f"continuing from {path} after step {done}")
+    elif config.resume is not None:
+        display.say(f"no checkpoint in {config.out} yet: starting from the beginning")
+
+
+class _Run:
+    """A job while it trains."""
+
+    def __init__(
+        self, job: Job, log: MetricsLog | None, display: Display, stop: StopRequest
+    ) -> None:
+        self.job = job
+        self.log = log
+        self.display = display
+        self.stop = stop
+        self.meter = Meter()
+
+    def from_step(self, done: int) -> Summary | None:
+        """Train until the last step, or until a signal."""
+        job, config = self.job, self.job.config
+        saved = done
+        loss, evaluation = float("nan"), None
+        for step in range(done + 1, job.num_steps + 1):
+            outcome = self._step(step, evaluated_before=evaluation is not None)
+            loss, evaluation = outcome.metrics.loss, None
+            self._record(outcome.metrics)
+            if config.eval_every and step % config.eval_every == 0:
+                evaluation = self._evaluate(step)
+            if outcome.signal or (config.save_every and step % config.save_every == 0):
+                path = save_checkpoint(job, step)
+                saved = step
+                if outcome.signal:
+                    self._say_stopped(outcome.signal, step, path)
+                    return None
+        evaluation = evaluation or self._evaluate(job.num_steps)
+        if config.save_every and saved < job.num_steps:
+            save_checkpoint(job, job.num_steps)
+        return self._finish(loss, evaluation)
+
+    def _step(self, step: int, *, evaluated_before: bool) -> _Outcome:
+        job, config = self.job, self.job.config
+        start = time.perf_counter()
+        losses = []
+        with job.zero.accumulate(config.accumulate):
+            for turn in range(config.accumulate):
+                first = (turn * job.comm.size + job.comm.rank) * job.rows
+                inputs, targets = training_windows(
+                    job.corpus.train,
+                    config.context,
+                    seed=config.seed,
+                    step=step,
+                    samples=range(first, first + job.rows),
+                )
+                logits = next_token_logits(job.model, inputs)
+                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(float(loss.detach()))
+        norm = float(job.zero.clip_grad_norm_(config.clip or float("inf")))
+        lr = job.optimizer.param_groups[0]["lr"]
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+        job.scheduler.step()
+        everyone = self._exchange(fsum(losses) / len(losses))
+        seconds = time.perf_counter() - start
+        self.meter.add(job.zero.report(), seconds, evaluated_before=evaluated_before)
+        metrics = StepMetrics(
+            step=step,
+            loss=fsum(everyone[:, 0]) / job.comm.size,
+            lr=lr,
+            grad_norm=norm,
+            tokens_per_second=config.tokens_per_step / seconds,
+            peak_rss=int(everyone[:, 2].max()),
+        )
+        return _Outcome(metrics, int(everyone[:, 1].max()))
+
+    def _exchange(self, loss: float) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+        """Loss, signal and memory of every rank; (ranks, 3)."""
+        own = np.array([loss, self.stop.signal, peak_rss()], dtype=np.float64)
+        everyone = np.empty((self.job.comm.size, 3), dtype=np.float64)
+        self.job.comm.Allgather(own, everyone)
+        return everyone
+
+    def _record(self, metrics: StepMetrics) -> None:
+        self.display.step(metrics)
+        if self.log is not None:
+            values = metrics._asdict()
+            self.log.write("train", values.pop("step"), **values)
+
+    def _evaluate(self, step: int) -> Evaluation:
+        job, config = self.job, self.job.config
+        evaluation = evaluate(
+            job.model,
+            job.corpus,
+            job.comm,
+            context=config.context,
+            num_windows=config.eval_batches * config.batch,
+            rows=job.rows,
+        )
+        self.display.say(
+            f"step {step}: validation loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} bits per "
+            f"byte (unigram entropy {job.corpus.unigram_entropy:.3f})"
+        )
+        if self.log is not None:
+            self.log.write(
+                "eval",
+                step,
+                loss=evaluation.loss,
+                bits_per_byte=evaluation.bits_per_byte,
+                unigram_bits_per_byte=job.corpus.unigram_entropy,
+            )
+        return evaluation
+
+    def _say_stopped(self, number: int, step: int, path: Path) -> None:
+        self.display.say(
+            f"stopped by {signal.Signals(number).name} after step {step}; saved {path}; the same command with "
+            "--resume continues"
+        )
+
+    def _finish(self, loss: float, evaluation: Evaluation) -> Summary:
+        job, config = self.job, self.job.config
+        prompt = job.corpus.held_out[: min(64, config.context)].tolist()
+        sampled = sample_continuation(
+            job.model, prompt, config.sample, job.comm, context=config.context, seed=config.seed
+        )
+        text = job.corpus.codec.decode(sampled)
+        summary = summarise(job, self.meter, loss, evaluation, text)
+        self.display.close()
+        if self.log is not None:
+            if config.sample:
+                self.log.text("sample", text, job.num_steps)
+                start = job.corpus.codec.decode(prompt)
+                print(f"\nThe held-out text begins\n{start}\nand the model continues\n{text}\n")
+            path = Path(config.out) / "summary.json"
+            path.write_text(json.dumps(summary.as_dict(), indent=2) + "\n", encoding="utf-8")
+            print_summary(summary, Console())
+            print(f"metrics, TensorBoard and summary: {config.out}", flush=True)
+        return summary

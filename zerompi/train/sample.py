@@ -1,0 +1,42 @@
+"""Text that the model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mpi4py import MPI
+from torch import nn
+
+from zerompi.train.model import next_token_logits
+
+
+def sample_continuation(
+    model: nn.Module,
+    prompt: Sequence[int],
+    count: int,
+    comm: MPI.Intracomm,
+    *,
+    context: int,
+    seed: int,
+    temperature: float = 0.8,
+) -> list[int]:
+    """`count` tokens after `prompt`, identical on all ranks.
+
+    Collective: the forward passes gather the parameters unit by unit, so that a model that fits no single rank
+    can be sampled. Rank 0 draws each token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for _ in range(count):
+            logits = next_token_logits(model, torch.tensor([tokens[-context:]]))[0, -1]
+            token = 0
+            if comm.rank == 0:
+                shares = torch.softmax(logits / temperature, dim=-1)
+                token = int(torch.multinomial(shares, 1, generator=generator))
+            tokens.append(comm.bcast(token, root=0))
+    model.train(was_training)
+    return tokens[len(prompt) :]

@@ -1,0 +1,222 @@
+"""The end of a run: bytes moved against the theory, memory against the formula, time, and what was learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from zerompi.report import Report
+from zerompi.train.evaluate import Evaluation
+from zerompi.train.job import Job
+from zerompi.train.memory import peak_rss
+
+_FORWARD_BACKWARD = "forward and backward"
+
+
+@dataclass
+class Meter:
+    """Sums over the steps of this process, and one step's traffic without evaluations in it."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+    traffic: Mapping[str, Mapping[str, int]] | None = None
+
+    def add(self, report: Report, seconds: float, *, evaluated_before: bool) -> None:
+        """Count one step; `evaluated_before`: forward passes of an evaluation preceded it."""
+        self.steps += 1
+        self.seconds += seconds
+        # The phases of an evaluation before the step are counted with the step's, its time is not.
+        if not evaluated_before:
+            self.traffic = report.traffic
+            rest = seconds - sum(report.time.values())
+            for name, part in {_FORWARD_BACKWARD: rest, **report.time}.items():
+                self.phases[name] = self.phases.get(name, 0.0) + part
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What OUT/summary.json holds.
+
+    Bytes and seconds are of one step and means over the ranks; memory is the largest of any rank.
+    """
+
+    text: dict[str, Any]
+    run: dict[str, Any]
+    result: dict[str, Any]
+    traffic: dict[str, dict[str, float]]
+    traffic_theory: dict[str, float]
+    memory: dict[str, dict[str, float]]
+    peak_rss: int
+    seconds: dict[str, float]
+    sample: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def traffic_theory(
+    numel: int, *, stage: int, num_shards: int, num_replicas: int, param_nbytes: int, passes: int
+) -> dict[str, float]:
+    """Bytes that a rank sends per step, the mean over ranks, by label.
+
+    Rajbhandari et al., arXiv:1910.02054, section 7: 2 Psi elements at stages 0 to 2, 3 Psi at stage 3, times
+    (N - 1) / N; gradients travel as float32. At stage 3 the parameters travel twice in each of the `passes`
+    of a step. Between copies of MiCS (arXiv:2205.00119) the shard's gradients are all-reduced.
+    """
+    gradient_nbytes = 4
+    size = num_shards * num_replicas
+    if stage == 0:
+        return {"all_reduce": 2 * numel * gradient_nbytes * (size - 1) / size}
+    shared = numel * (num_shards - 1) / num_shards
+    bytes_of = {"reduce_scatter": gradient_nbytes * shared}
+    if stage == 3:
+        bytes_of["all_gather"] = 2 * passes * param_nbytes * shared
+    else:
+        bytes_of["refresh"] = param_nbytes * shared
+    if num_replicas > 1:
+        shard = numel / num_shards
+        bytes_of["all_reduce"] = 2 * shard * gradient_nbytes * (num_replicas - 1) / num_replicas
+    return bytes_of
+
+
+def summarise(job: Job, meter: Meter, loss: float, evaluation: Evaluation, sample: str) -> Summary:
+    """Put the figures of all ranks together. Collective."""
+    comm, config, corpus = job.comm, job.config, job.corpus
+    memory = job.zero.report().memory
+    everyone = comm.allgather((dict(memory.peak), dict(memory.formula), peak_rss()))
+    categories = {
+        name: {
+            "peak": max(peak[name] for peak, _, _ in everyone),
+            "formula": max(formula.get(name, 0.0) for _, formula, _ in everyone),
+        }
+        for name in memory.peak
+    }
+    phases = comm.allgather(meter.phases)
+    counted = comm.allgather(meter.traffic or {})
+    shards = _num_shards(job)
+    itemsize = 4 if config.dtype == "float32" else 2
+    rate = config.tokens_per_step * meter.steps / meter.seconds if meter.seconds else 0.0
+    return Summary(
+        text={
+            "name": corpus.name,
+            "bytes": corpus.num_bytes,
+            "held_out_bytes": corpus.held_out_bytes,
+            "tokens": corpus.codec.name,
+            "unigram_bits_per_byte": corpus.unigram_entropy,
+        },
+        run={
+            "parameters": job.numel,
+            "stage": config.stage,
+            "dtype": config.dtype,
+            "ranks": comm.size,
+            "nodes": job.topology.num_nodes,
+            "steps": job.num_steps,
+            "seconds": meter.seconds,
+            "tokens_per_second": rate,
+        },
+        result={
+            "train_loss": loss,
+            "validation_loss": evaluation.loss,
+            "validation_bits_per_byte": evaluation.bits_per_byte,
+            "validation_windows": evaluation.num_windows,
+        },
+        traffic=_mean_traffic(counted),
+        traffic_theory=traffic_theory(
+            job.numel,
+            stage=config.stage,
+            num_shards=shards,
+            num_replicas=comm.size // shards,
+            param_nbytes=itemsize,
+            passes=config.accumulate,
+        ),
+        memory=categories,
+        peak_rss=max(rss for _, _, rss in everyone),
+        seconds={
+            name: sum(part.get(name, 0.0) for part in phases) / comm.size / max(1, meter.steps)
+            for name in meter.phases
+        },
+        sample=sample,
+    )
+
+
+def _num_shards(job: Job) -> int:
+    shard_ranks = job.config.shard_ranks
+    if shard_ranks == "world":
+        return job.comm.size
+    return len(job.topology.ranks_of_node[0]) if shard_ranks == "node" else int(shard_ranks)
+
+
+def _mean_traffic(
+    counted: list[Mapping[str, Mapping[str, int]]],
+) -> dict[str, dict[str, float]]:
+    mean: dict[str, dict[str, float]] = {}
+    for traffic in counted:
+        for label, levels in traffic.items():
+            for level, nbytes in levels.items():
+                row = mean.setdefault(label, {})
+                row[level] = row.get(level, 0.0) + nbytes / len(counted)
+    return mean
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    """Show the tables."""
+    run, text, result = summary.run, summary.text, summary.result
+    table = Table(title="Result", show_header=False)
+    table.add_row("text", f"{text['name']}, {text['bytes']:,} bytes as {text['tokens']}")
+    table.add_row(
+        "held out",
+        f"the last {text['held_out_bytes']:,} bytes, {result['validation_windows']} windows",
+    )
+    table.add_row(
+        "model", f"{run['parameters']:,} parameters, {run['dtype']}, stage {run['stage']}"
+    )
+    table.add_row("job", f"{run['ranks']} ranks, {run['nodes']} nodes, {run['steps']} steps")
+    table.add_row("speed", f"{run['tokens_per_second']:,.0f} tokens/s, {run['seconds']:.1f} s")
+    table.add_row("training loss", f"{result['train_loss']:.4f} nats per token")
+    table.add_row("validation loss", f"{result['validation_loss']:.4f} nats per token")
+    table.add_row("validation", f"{result['validation_bits_per_byte']:.3f} bits per byte")
+    table.add_row("unigram entropy", f"{text['unigram_bits_per_byte']:.3f} bits per byte")
+    console.print(table)
+    console.print(_traffic_table(summary))
+    console.print(_memory_table(summary))
+    table = Table("phase", "seconds", title="Time of a step, mean over ranks")
+    for name, seconds in summary.seconds.items():
+        table.add_row(name, f"{seconds:.4f}")
+    console.print(table)
+
+
+def _traffic_table(summary: Summary) -> Table:
+    title = "Bytes that a rank sends per step, mean over ranks"
+    table = Table("collective", "inside nodes", "between nodes", "sum", "theory", title=title)
+    labels = list(dict.fromkeys([*summary.traffic_theory, *summary.traffic]))
+    sums = [0.0, 0.0, 0.0]
+    for label in labels:
+        levels = summary.traffic.get(label, {})
+        inside, between = levels.get("intra_node", 0.0), levels.get("inter_node", 0.0)
+        theory = summary.traffic_theory.get(label, 0.0)
+        sums = [sums[0] + inside, sums[1] + between, sums[2] + theory]
+        row = (inside, between, inside + between, theory)
+        # What no theory speaks of: the headers with which ranks agree before data moves.
+        table.add_row(label, *(f"{n:,.0f}" for n in row[: 4 if theory else 3]))
+    total = (sums[0], sums[1], sums[0] + sums[1], sums[2])
+    table.add_row("all", *(f"{n:,.0f}" for n in total), style="bold")
+    return table
+
+
+def _memory_table(summary: Summary) -> Table:
+    title = "Peak memory of a rank, MiB"
+    table = Table("category", "measured", "formula of the ZeRO paper", title=title)
+    for name, row in summary.memory.items():
+        formula = f"{row['formula'] / 2**20:,.2f}" if row["formula"] else ""
+        table.add_row(name.replace("_", " "), f"{row['peak'] / 2**20:,.2f}", formula)
+    table.add_row("whole process (RSS)", f"{summary.peak_rss / 2**20:,.2f}", "")
+    return table
