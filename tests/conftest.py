@@ -1,23 +1,31 @@
-"""Fixtures and the agreement of ranks on the outcome of each test."""
+"""Fixtures; the plugin in harness/ranks.py makes the ranks of one pytest run agree."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+import hypothesis
 import pytest
 
 import zerompi  # noqa: F401  (prepares the environment of MPI)
 
 from mpi4py import MPI  # isort: skip
 
-sys.path.insert(0, str(Path(__file__).parent))
+from harness import ranks
+from harness.mpirun import MPIRun
 
-from harness.mpirun import MPIRun  # noqa: E402
+# Ranks must draw the same examples: they meet in collectives. No deadline: ranks share cores.
+hypothesis.settings.register_profile(
+    "ranks", derandomize=MPI.COMM_WORLD.size > 1, database=None, deadline=None
+)
+hypothesis.settings.load_profile("ranks")
 
-# Apart from COMM_WORLD, so that a test's own messages never mix with ours.
-_control = MPI.COMM_WORLD.Dup()
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Join the ranks, once the terminal reporter is there."""
+    if MPI.COMM_WORLD.size > 1:
+        config.pluginmanager.register(ranks.RankAgreement(config), "rank-agreement")
 
 
 @pytest.fixture
@@ -34,31 +42,3 @@ def run_mpi() -> Callable[..., MPIRun]:
     if MPI.COMM_WORLD.size > 1:
         pytest.skip("starts jobs of its own: run pytest with one rank")
     return MPIRun.run
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Only rank 0 writes to the terminal."""
-    reporter = config.pluginmanager.getplugin("terminalreporter")
-    if _control.rank and reporter is not None:
-        reporter._tw._file = open("/dev/null", "w")  # noqa: SIM115
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """A test fails on all ranks if it fails on one; rank 0 shows every rank's failure."""
-    report: pytest.TestReport = yield
-    if _control.size > 1 and report.when == "call":
-        text = str(report.longrepr) if report.failed else ""
-        everywhere = _control.allgather((item.nodeid, report.outcome, text))
-        if len({nodeid for nodeid, _, _ in everywhere}) > 1:
-            print(f"ranks run different tests: {everywhere}", file=sys.stderr, flush=True)
-            MPI.COMM_WORLD.Abort(1)
-        failures = [
-            f"--- rank {rank}\n{text}"
-            for rank, (_, outcome, text) in enumerate(everywhere)
-            if outcome == "failed"
-        ]
-        if failures:
-            report.outcome = "failed"
-            report.longrepr = "\n".join(failures)
-    return report

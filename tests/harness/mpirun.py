@@ -9,13 +9,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from mpi4py import MPI
 
 ROOT = Path(__file__).parents[2]
-_LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDRA_", "MPI_LOCAL", "SLURM_", "MPIR_CVAR_CH")
+_LAUNCHER_PREFIXES = (
+    "PMI_",
+    "PMIX_",
+    "OMPI_",
+    "PRTE_",
+    "HYDRA_",
+    "MPI_LOCAL",
+    "SLURM_",
+    "MPIR_CVAR_CH",
+)
 
 
 class MPIRun(NamedTuple):
@@ -47,9 +57,21 @@ class MPIRun(NamedTuple):
             TimeoutError: with all that the job had written.
         """
         command = [*launcher(ranks), sys.executable, *map(str, arguments)]
+        return cls.run_command(command, timeout=timeout, env=env, cwd=cwd)
+
+    @classmethod
+    def run_command(
+        cls,
+        command: Sequence[str | Path],
+        *,
+        timeout: float = 120,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
+    ) -> MPIRun:
+        """Run any command in a clean environment and wait; see `run`."""
         start = time.monotonic()
         process = subprocess.Popen(
-            command,
+            list(map(str, command)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
@@ -62,12 +84,21 @@ class MPIRun(NamedTuple):
         try:
             stdout, stderr = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill_session(process.pid)
             stdout, stderr = process.communicate()
             raise TimeoutError(
-                f"{' '.join(command)} ran longer than {timeout} s\n{stdout}\n{stderr}"
+                f"{' '.join(map(str, command))} ran longer than {timeout} s\n{stdout}\n{stderr}"
             ) from None
         return cls(process.returncode, stdout, stderr, time.monotonic() - start)
+
+
+def _kill_session(leader: int) -> None:
+    """Kill all processes of a session: launchers give their ranks process groups of their own."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == leader:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
 
 
 def launcher(ranks: int) -> list[str]:
@@ -81,7 +112,7 @@ def launcher(ranks: int) -> list[str]:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what MPI or its launcher put there."""
+    """The environment of this process without what MPI or its launcher put there."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_PREFIXES)}
     env["OMP_NUM_THREADS"] = "1"
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
