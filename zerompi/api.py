@@ -88,15 +88,11 @@ def partition(
     context = Context(STAGES[stage], world, shard_group, replica_group, precision)
     landed = meta.land(model)
     made = [Unit(plan, context) for plan in plans]
-    scaler = precision.make_scaler()
-    zero = Zero(model, optimizer, made, context, scaler)
     for unit in made:
         for segment in unit.segments:
             segment.adopt()
-    if landed:
-        zero._uninitialised = meta.initialise(model, made, landed)
-    zero._hooks.buffers.synchronise()
-    return zero
+    without_values = meta.initialise(model, made, landed) if landed else set()
+    return Zero(model, optimizer, made, context, without_values)
 
 
 def _agree(arguments: _Arguments, world: Group) -> list[UnitPlan]:

@@ -21,7 +21,6 @@ from zerompi.errors import ZerompiError
 from zerompi.hooks import Hooks
 from zerompi.optimizer import PieceOptimizer
 from zerompi.placement import Placement
-from zerompi.precision import LossScaler
 from zerompi.report import ElementBytes, MemoryReport, Report, storage_nbytes, zero_formula
 from zerompi.segment import Context
 from zerompi.unit import Unit, UnitState
@@ -41,17 +40,18 @@ class Zero:
         optimizer: Optimizer | None,
         units: Sequence[Unit],
         context: Context,
-        scaler: LossScaler | None,
+        without_values: set[str],
     ) -> None:
         self._model = model
         self._units = list(units)
         self._context = context
-        self._scaler = scaler
+        self._scaler = scaler = context.precision.make_scaler()
         self._aliases = _aliases(model, units)
         self._state_keys = list(model.state_dict(keep_vars=True))
-        self._uninitialised: set[str] = set()
+        self._uninitialised = without_values
         self._optimizer = PieceOptimizer(optimizer, units, context, scaler)
         self._hooks = Hooks(model, units, context, scaler)
+        self._hooks.buffers.synchronise()
         self._guards = [
             model.register_forward_pre_hook(self._refuse_uninitialised, prepend=True),
             model.register_state_dict_pre_hook(self._refuse_state_dict),
@@ -169,6 +169,8 @@ class Zero:
         """
         self._check_open()
         units = self._units_of(module or self._model)
+        names = ", ".join(unit.name for unit in units)
+        self._agree(f"gathered(writable={writable}) of {names}")
         with ExitStack() as stack:
             for unit in units:
                 if writable:
@@ -196,7 +198,7 @@ class Zero:
         parameters are one tensor under all their names. Buffers are rank 0's. With `rank0_only`, the other
         ranks get an empty dict and no memory is taken there beyond one unit.
         """
-        self._check_open()
+        self._agree(f"full_state_dict(rank0_only={rank0_only})")
         self._hooks.buffers.synchronise()
         keep = not rank0_only or self.rank == 0
         values: dict[str, Tensor] = {}
@@ -224,7 +226,7 @@ class Zero:
         Raises:
             ZerompiError: names or shapes are not the model's (on all ranks, nothing is changed).
         """
-        self._check_open()
+        self._agree("load_full_state_dict")
         error = None
         if self.rank == 0:
             error = _state_dict_error(sd or {}, self._model, self._units, self._aliases)
@@ -256,7 +258,7 @@ class Zero:
         Raises:
             CheckpointError: it could not be written (on all ranks; what was at `path` is untouched).
         """
-        self._check_open()
+        self._agree(f"save of {path}")
         comm, optimizer = self._context.world.comm, self._optimizer.optimizer
         self._hooks.buffers.synchronise()
         rng = comm.gather(states.rng_state(), root=0)
@@ -283,7 +285,7 @@ class Zero:
             CheckpointError, ZerompiError: it is damaged or not of this model (on all ranks, before
                 anything is overwritten).
         """
-        self._check_open()
+        self._agree("load")
         comm, optimizer = self._context.world.comm, self._optimizer.optimizer
         with ExitStack() as stack:
             reader = None
@@ -408,6 +410,11 @@ class Zero:
     def _check_open(self) -> None:
         if self._closed:
             raise ZerompiError("this partition is closed")
+
+    def _agree(self, operation: str) -> None:
+        """Make sure that all ranks are about to do the same."""
+        self._check_open()
+        self._context.world.agree(operation)
 
     # -- end -----------------------------------------------------------------------------------
 
