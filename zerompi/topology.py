@@ -114,7 +114,8 @@ class Topology:
     def __repr__(self) -> str:
         sizes = "+".join(str(len(ranks)) for ranks in self.ranks_of_node)
         nodes = "1 node" if self.is_single_node else f"{self.num_nodes} nodes"
-        return f"Topology({self.size} ranks on {nodes}: {sizes})"
+        ranks = "1 rank" if self.size == 1 else f"{self.size} ranks"
+        return f"Topology({ranks} on {nodes}: {sizes})"
 
 
 def _nodes_from_sizes(size: int, ranks_per_node: int | Sequence[int]) -> list[int]:
