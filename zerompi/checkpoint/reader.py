@@ -132,7 +132,7 @@ class CheckpointReader:
                     f"{self.path / STATE_NAME}: {name}: a checksum cuts an element"
                 )
             values = raw.view(spec.dtype)
-            out[done : done + values.numel()].copy_(values)
+            out.detach()[done : done + values.numel()].copy_(values)
             done += values.numel()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from zerompi.checkpoint.agreement import agreement
 from zerompi.checkpoint.directory import Replacement
+from zerompi.checkpoint.errors import CheckpointError
 from zerompi.checkpoint.shards import (
     DEFAULT_MAX_SHARD_NBYTES,
     ShardFile,
@@ -133,7 +135,7 @@ def _write_slices(directory: Path, file: _File) -> np.ndarray:
     path, header, rows = directory / file.shard.name, file.shard.header, []
     if file.slices:
         with _named_errors(path):
-            descriptor = os.open(path, os.O_WRONLY)
+            descriptor = _open_shared(path)
             try:
                 for own in sorted(file.slices, key=lambda own: header.tensors[own.name].begin):
                     stored = header.tensors[own.name]
@@ -146,6 +148,16 @@ def _write_slices(directory: Path, file: _File) -> np.ndarray:
             finally:
                 os.close(descriptor)
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def _open_shared(path: Path) -> int:
+    try:
+        return os.open(path, os.O_WRONLY)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: expected the file that rank 0 has created, got nothing on {socket.gethostname()}: "
+            "the checkpoint must be on a file system that all ranks share"
+        ) from None
 
 
 def _pieces_of(values: Tensor) -> Iterator[memoryview]:
