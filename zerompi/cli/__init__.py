@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     if MPI.COMM_WORLD.rank == 0:
-        sys.exit(run(given))
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        sys.exit(run(given))
+        status = run(given)
+    else:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            status = run(given)
+    # Not sys.exit, which ends the other ranks by force: all ranks have agreed on this.
+    raise SystemExit(status)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 from mpi4py import MPI
@@ -11,8 +11,8 @@ from mpi4py import MPI
 import zerompi
 from zerompi.cli.info import info
 from zerompi.cli.train import add_missing_value, train
-from zerompi.errors import ZerompiError
 from zerompi.launch import check_world
+from zerompi.train.agreement import agree
 from zerompi.train.config import InputError
 
 app = typer.Typer(
@@ -20,7 +20,6 @@ app = typer.Typer(
     help="ZeRO training of PyTorch models over MPI.",
     epilog="Example: mpiexec -n 4 zerompi train",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -44,27 +43,36 @@ def _options(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command; return the exit status."""
+    """Run one command; return the exit status. Collective over COMM_WORLD."""
+    world = MPI.COMM_WORLD
+    try:
+        action = agree(world, lambda: _parse(arguments or ["--help"]))
+        if action is not None:
+            action()
+    except InputError as error:
+        if world.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> Callable[[], None] | None:
+    """What the arguments ask to run; None if they asked for help, which has been shown.
+
+    Raises:
+        InputError: wrong usage.
+        ZerompiError: the launcher and the MPI library do not fit together.
+    """
+    check_world(MPI.COMM_WORLD.size)
     command = typer.main.get_command(app)
     try:
-        check_world(MPI.COMM_WORLD.size)
-        status = command.main(
+        result = command.main(
             add_missing_value(arguments), prog_name="zerompi", standalone_mode=False
         )
-    except (InputError, ZerompiError) as error:
-        return _refuse(str(error))
-    except typer.Abort:
-        return 1
     except Exception as error:
         # Of wrong usage; by version, typer carries the class itself or takes it from click.
         format_message = getattr(error, "format_message", None)
         if format_message is None:
             raise
-        return _refuse(format_message()) if format_message() else 2
-    return status if isinstance(status, int) else 0
-
-
-def _refuse(message: str) -> int:
-    if MPI.COMM_WORLD.rank == 0:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return 2
+        raise InputError(format_message()) from None
+    return result if callable(result) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from mpi4py import MPI
@@ -22,11 +23,15 @@ _THREAD_LEVELS = {
 }
 
 
-def info() -> None:
+def info() -> Callable[[], None]:
     """Show the MPI library, the ranks and their nodes, versions, cores and memory.
 
     With mpiexec it shows the job; without, a single process.
     """
+    return _show
+
+
+def _show() -> None:
     world = MPI.COMM_WORLD
     topology = zerompi.Topology(world)
     local_size = len(topology.ranks_of_node[topology.node_of[world.rank]])

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,17 +23,21 @@ command line wins. SIGTERM and SIGUSR1 save a checkpoint and end the run.
 """
 
 
-def _run(**options: Any) -> None:
-    file = options.pop("config")
-    config = make_config(options, None if file is None else read_toml(Path(file)))
+def _run(options: dict[str, Any]) -> None:
     # Imported here so that --help is quick.
+    from zerompi.train.agreement import agree
     from zerompi.train.loop import train as run_job
 
     try:
+        config = agree(MPI.COMM_WORLD, lambda: _configure(**options))
         run_job(config, MPI.COMM_WORLD)
     except (MemoryError, RuntimeError, OSError) as error:
         _end_if_out_of_memory(error)
         raise
+
+
+def _configure(config: str | None, **options: Any) -> TrainConfig:
+    return make_config(options, None if config is None else read_toml(Path(config)))
 
 
 def _end_if_out_of_memory(error: BaseException) -> None:
@@ -55,8 +60,8 @@ def _end_if_out_of_memory(error: BaseException) -> None:
     world.Abort(1)
 
 
-def _command() -> Callable[..., None]:
-    """`_run` with the signature from which typer makes the options."""
+def _command() -> Callable[..., Callable[[], None]]:
+    """A function with the signature from which typer makes the options; it returns what to run."""
     defaults = TrainConfig()
     parameters = [
         _parameter("config", str, "Configuration", "TOML file with any of the options below.")
@@ -68,8 +73,8 @@ def _command() -> Callable[..., None]:
             text += f" (default: {default})"
         parameters.append(_parameter(entry.name, kinds[entry.name], entry.metadata["panel"], text))
 
-    def train(**options: Any) -> None:
-        _run(**options)
+    def train(**options: Any) -> Callable[[], None]:
+        return partial(_run, options)
 
     train.__doc__ = _HELP
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

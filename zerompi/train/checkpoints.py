@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 from zerompi.checkpoint import find_latest, remove_leftovers
 from zerompi.train import huggingface
-from zerompi.train.agreement import agree
+from zerompi.train.agreement import agree, agree_on_root
 from zerompi.train.config import InputError, TrainConfig
 from zerompi.train.job import Job
 
@@ -20,22 +20,29 @@ def checkpoint_directory(config: TrainConfig) -> Path:
 
 
 def save_checkpoint(job: Job, step: int) -> Path:
-    """Save after `step` steps, then remove what `--keep` does not keep. Collective."""
+    """Save after `step` steps, then remove what `--keep` does not keep. Collective.
+
+    Raises:
+        InputError: it could not be written; the same on all ranks.
+    """
     path = checkpoint_directory(job.config) / f"step-{step}"
     extra = {
         "step": step,
         "scheduler": job.scheduler.state_dict(),
         "config": job.config.as_dict(),
     }
-    job.zero.save(path, extra=extra)
-    if job.comm.rank == 0:
-        if job.config.model is not None:
-            for file in huggingface.companions(Path(job.config.model)):
-                shutil.copyfile(file, path / file.name)
-        if job.config.keep:
-            for old in _by_step(path.parent)[: -job.config.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+    agree(job.comm, lambda: job.zero.save(path, extra=extra))
+    agree_on_root(job.comm, lambda: _tidy(path, job.config))
     return path
+
+
+def _tidy(path: Path, config: TrainConfig) -> None:
+    if config.model is not None:
+        for file in huggingface.companions(Path(config.model)):
+            shutil.copyfile(file, path / file.name)
+    if config.keep:
+        for old in _by_step(path.parent)[: -config.keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _by_step(directory: Path) -> list[Path]:
@@ -55,9 +62,7 @@ def prepare_output(config: TrainConfig, comm: MPI.Intracomm) -> Path | None:
         InputError: `--resume` names no checkpoint, or the directory holds those of an earlier run that
             this one would mix with; the same on all ranks.
     """
-    found = agree(comm, lambda: _prepare(config) if comm.rank == 0 else None)
-    latest: Path | None = comm.bcast(found, root=0)
-    return latest
+    return agree_on_root(comm, lambda: _prepare(config))
 
 
 def _prepare(config: TrainConfig) -> Path | None:
