@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from mpi4py import MPI
 
 _LATE = 5.0  # seconds after which a rank that waits for the others shows why its own test failed
 _GRACE = 2.0  # seconds in which the other ranks may show their stacks, too
+_MACHINERY = frozenset({"_pytest", "pytest", "pluggy", "<frozen runpy>"})
 
 
 class _Outcome(NamedTuple):
@@ -39,6 +41,7 @@ class RankAgreement:
         self._comm = MPI.COMM_WORLD.Dup()
         self._mark = f"[rank {self._comm.rank} of {self._comm.size} on {socket.gethostname()}]"
         self._capture = config.pluginmanager.getplugin("capturemanager")
+        self._failures: list[str] = []
         if self._comm.rank:
             config.pluginmanager.unregister(name="terminalreporter")
 
@@ -78,6 +81,7 @@ class RankAgreement:
         if "failed" in outcomes or len(outcomes) > 1:
             report.outcome = "failed"
             report.longrepr = _failures(everywhere)
+            self._failures.append(f"{stage} failed\n{report.longrepr}")
             report.sections = []
             vars(report).pop("wasxfail", None)
         return report
@@ -123,13 +127,10 @@ class RankAgreement:
         return True
 
     def _end_hung(self, nodeid: str, seconds: float) -> None:
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        stacks = "".join(
-            f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
-            for ident, frame in sys._current_frames().items()
-            if ident != threading.get_ident()
-        )
-        self._write(f"{nodeid} ran longer than {seconds:g} s\n{stacks}")
+        if self._comm.rank == 0:  # pytest would show them at the end
+            for failure in self._failures:
+                self._write(failure)
+        self._write(f"{nodeid} ran longer than {seconds:g} s\n{_stacks()}")
         time.sleep(_GRACE)
         self._end()
 
@@ -150,6 +151,21 @@ class RankAgreement:
         os.write(sys.__stderr__.fileno(), lines.encode(errors="replace"))
         if self._capture is not None:
             self._capture.resume()
+
+
+def _stacks() -> str:
+    """The stacks of all threads but this one, without the frames of pytest itself."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, frame in sys._current_frames().items():
+        if ident != threading.get_ident():
+            lines.append(f"thread {names.get(ident, ident)}\n")
+            lines += traceback.format_list(
+                entry
+                for entry in traceback.extract_stack(frame)
+                if not _MACHINERY.intersection(Path(entry.filename).parts)
+            )
+    return "".join(lines)
 
 
 def _text(report: pytest.TestReport) -> str:
