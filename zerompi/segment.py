@@ -94,6 +94,7 @@ class Segment:
 
         self.full: Buffer = group.allocate(self.layout.padded_numel, self.dtype)
         if stage.parameter is Placement.SHARD:
+            self.full.free()
             self.shard = group.allocate(self.layout.shard_numel, self.dtype).tensor
         else:
             base = self.shard_index * self.layout.shard_numel
@@ -144,8 +145,6 @@ class Segment:
         self.set_values(values)
         if self.context.stage.parameter is Placement.REPLICATE:
             self.install(self.full.tensor)
-        else:
-            self.full.free()
 
     def set_values(self, values: Tensor) -> None:
         """Take rank 0's `values`, (padded_numel,), main dtype, as the parameters. Collective.
