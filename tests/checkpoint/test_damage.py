@@ -43,6 +43,14 @@ def read_everything(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def try_to_read(path: Path) -> tuple[dict[str, torch.Tensor] | None, str]:
+    """What was read, or None and the message of the refusal."""
+    try:
+        return read_everything(path), ""
+    except CheckpointError as error:
+        return None, str(error)
+
+
 def is_right(found: dict[str, torch.Tensor]) -> bool:
     return found.keys() == TENSORS.keys() and all(
         found[name].dtype is tensor.dtype and torch.equal(found[name], tensor)
@@ -52,7 +60,7 @@ def is_right(found: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, save: Callable[..., None]) -> Path:
-    """This rank's own checkpoint of TENSORS."""
+    """A checkpoint of TENSORS for each rank."""
     save(tmp_path / "c", TENSORS, MPI.COMM_SELF)
     return tmp_path / "c"
 
@@ -85,11 +93,10 @@ def test_a_flipped_bit_anywhere_is_found(data, checkpoint) -> None:
     damaged = bytearray(raw)
     damaged[position] ^= data.draw(st.integers(1, 255))
     path.write_bytes(damaged)
-    try:
-        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-            read_everything(checkpoint)
-    finally:
-        path.write_bytes(raw)
+    found, message = try_to_read(checkpoint)
+    path.write_bytes(raw)
+    assert found is None
+    assert "model.safetensors" in message
 
 
 @few
@@ -101,12 +108,9 @@ def test_a_damaged_state_never_gives_wrong_numbers(data, checkpoint) -> None:
     for _ in range(data.draw(st.integers(1, 3))):
         damaged[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(damaged)
-    try:
-        assert is_right(read_everything(checkpoint))
-    except CheckpointError as error:
-        assert str(checkpoint) in str(error)
-    finally:
-        path.write_bytes(raw)
+    found, message = try_to_read(checkpoint)
+    path.write_bytes(raw)
+    assert str(checkpoint) in message if found is None else is_right(found)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
@@ -131,15 +135,13 @@ def test_a_damaged_header_without_checksum_raises_nothing_else(data, plain) -> N
         damaged[data.draw(st.integers(0, length + 7))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.one_of(st.none(), st.integers(0, len(raw))))
     path.write_bytes(damaged[:cut])
-    try:
-        found = read_everything(plain)
-    except CheckpointError as error:
-        assert str(path) in str(error)
+    found, message = try_to_read(plain)
+    path.write_bytes(raw)
+    if found is None:
+        assert str(path) in message
     else:
         # Names and dtypes of the same width may have changed; no byte is read twice or not at all.
         assert sum(t.nbytes for t in found.values()) == sum(t.nbytes for t in TENSORS.values())
-    finally:
-        path.write_bytes(raw)
 
 
 def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict:
@@ -215,10 +217,10 @@ def test_a_newer_format_says_so(checkpoint) -> None:
 
 
 def test_missing_paths_are_named(tmp_path) -> None:
-    with pytest.raises(CheckpointError, match="absent: .* nothing there"):
+    with pytest.raises(CheckpointError, match=r"absent: .* nothing there"):
         CheckpointReader(tmp_path / "absent")
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="file: .* a file"):
+    with pytest.raises(CheckpointError, match=r"file: .* a file"):
         CheckpointReader(tmp_path / "file")
     with pytest.raises(CheckpointError, match=r"expected model\.safetensors or .* got neither"):
         CheckpointReader(tmp_path)

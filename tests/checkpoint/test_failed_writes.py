@@ -268,7 +268,7 @@ class _LocalError(MismatchError):
 )
 def test_an_error_of_one_rank_is_raised_on_all(error, kind, comm) -> None:
     rank = comm.size - 1
-    with pytest.raises(Exception, match="broken|1 is not 2") as caught:
+    with pytest.raises(Exception, match=r"broken|1 is not 2") as caught:
         agree_error(comm, error if comm.rank == rank else None)
     if comm.rank == rank and not isinstance(error, OSError):
         assert caught.value is error

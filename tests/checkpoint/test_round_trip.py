@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -131,6 +132,22 @@ def test_tensors_of_several_pieces(save, shared_path, comm) -> None:
             out = torch.empty(stop - start)
             reader.read_model("t", start, stop, out)
             assert torch.equal(out, tensor[start:stop])
+
+
+def test_reading_a_little_of_a_large_tensor_reads_little(
+    save, shared_path, comm, monkeypatch
+) -> None:
+    save(shared_path / "c", {"t": torch.arange(6_000_000, dtype=torch.float32)}, comm)
+    requested, original = [], os.preadv
+
+    def counting(descriptor, buffers, offset):
+        requested.extend(len(buffer) for buffer in buffers)
+        return original(descriptor, buffers, offset)
+
+    with CheckpointReader(shared_path / "c") as reader:
+        monkeypatch.setattr(os, "preadv", counting)
+        reader.read_model("t", 5_000_000, 5_000_002, torch.empty(2))
+    assert 0 < sum(requested) <= 2 * 4 * 2**20
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
