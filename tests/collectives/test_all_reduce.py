@@ -7,18 +7,24 @@ import pytest
 import torch
 
 from collectives.samples import NUMPY_DTYPES, PLAIN_DTYPES, as_bytes, documented_sum, numbers
-from zerompi.collectives import all_reduce
+from zerompi.collectives import all_gather, all_reduce, reduce_scatter
 from zerompi.layout import FlatLayout
+from zerompi.traffic import INTER_NODE, INTRA_NODE
 
 
-@pytest.mark.parametrize("dtype", PLAIN_DTYPES, ids=str)
-def test_all_ranks_get_the_documented_sum_bit_for_bit(group, dtype):
-    send = [numbers(dtype, 11, rank) for rank in range(group.size)]
-    recv = torch.empty(11, dtype=dtype)
-    all_reduce(send[group.rank], recv, group)
-    assert as_bytes(recv) == as_bytes(documented_sum(send, group))
-    assert len(set(group.comm.allgather(as_bytes(recv)))) == 1
-    assert as_bytes(send[group.rank]) == as_bytes(numbers(dtype, 11, group.rank))
+def test_all_ranks_get_the_documented_sum_bit_for_bit(group):
+    for dtype in PLAIN_DTYPES:
+        send = [numbers(dtype, 11, rank) for rank in range(group.size)]
+        recv = torch.empty(11, dtype=dtype)
+        all_reduce(send[group.rank], recv, group)
+        assert as_bytes(recv) == as_bytes(documented_sum(send, group)), dtype
+        assert as_bytes(send[group.rank]) == as_bytes(numbers(dtype, 11, group.rank)), dtype
+
+
+def test_all_ranks_hold_the_same_bits(group):
+    own = numbers(torch.float32, 1001, group.rank)
+    all_reduce(own, own, group, op="mean")
+    assert len(set(group.comm.allgather(as_bytes(own)))) == 1
 
 
 def test_mean_of_all_ranks(group):
@@ -66,6 +72,17 @@ def test_a_rank_sends_its_part_of_a_reduce_scatter_and_an_all_gather(flat):
     numel = 12 * flat.size
     all_reduce(torch.zeros(numel), torch.zeros(numel), flat)
     assert flat.traffic.total("all_reduce") == 2 * (numel - numel // flat.size) * 4
+
+
+def test_a_hierarchy_sends_what_its_reduce_scatter_and_its_all_gather_send(group):
+    numel, rank = 12 * group.size, group.rank
+    reduced, gathered = torch.zeros(12), torch.zeros(numel)
+    reduce_scatter(gathered, reduced, group)
+    all_gather(reduced, gathered, group)
+    all_reduce(gathered, gathered, group)
+    for level in (INTRA_NODE, INTER_NODE):
+        parts = [group.traffic.total(label, level) for label in ("reduce_scatter", "all_gather")]
+        assert group.traffic.total("all_reduce", level) == sum(parts), (rank, level)
 
 
 def test_padding_never_travels(flat):

@@ -61,6 +61,16 @@ def test_only_the_root_sends_a_small_broadcast(group):
     assert group.traffic.total("broadcast") == expected
 
 
+def test_a_large_broadcast_is_a_scatter_and_an_all_gather(flat):
+    numel, size = 10_000 * flat.size, flat.size
+    full = torch.zeros(numel, dtype=torch.float64)
+    broadcast(full, full, flat)
+    block = full.nbytes // size
+    scattered = (size - 1) * block if flat.rank == 0 else 0
+    gathered = (size - 1) * block
+    assert flat.traffic.total("broadcast") == scattered + gathered
+
+
 @pytest.mark.parametrize("numel", [0, 1, 7, LARGE])
 def test_reduce_brings_the_documented_sum_to_the_root(group, numel):
     values = [numbers(torch.float32, numel, rank) for rank in range(group.size)]

@@ -39,14 +39,14 @@ def agreed_signature(
 ) -> tuple[int, ...]:
     """Run `check` on every rank, compare what it returns, and exchange flags. Collective.
 
-    A rank whose arguments are wrong raises its TypeError or ValueError, while the others get a
+    A rank whose arguments are wrong raises what its check raised, while the others get a
     MismatchError that tells which rank refused and why. Nobody waits.
     """
     if not isinstance(group, Group):
         raise TypeError(f"group: expected a zerompi.collectives.Group, got {type(group).__name__}")
     try:
         text = check()
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         with suppress(MismatchError):
             group.agree(f"refusal of {operation}: {error}")
         raise
