@@ -24,7 +24,8 @@ class _Launcher(NamedTuple):
     rank_variable: str
 
 
-# PMIx tells a process its rank, but the number of ranks only through its own library.
+# In this order: the daemons of mpiexec are themselves started by srun in a Slurm job, and hand its
+# variables down. srun's stand in every step, but not in the shell of sbatch or salloc.
 _LAUNCHERS = (
     _Launcher("Open MPI's mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     _Launcher("MPICH's or Intel MPI's mpiexec (or srun --mpi=pmi2)", "PMI_SIZE", "PMI_RANK"),
@@ -48,22 +49,21 @@ def launched_size() -> tuple[int, str] | None:
 def check_world(world_size: int) -> None:
     """Refuse a COMM_WORLD of one rank in a job of several.
 
-    The launcher and the MPI library do not know each other then: every process believes to be alone,
-    and all train the same model side by side.
+    The launcher and the MPI library do not know each other then: every process believes to be
+    alone, and all train the same model side by side.
 
     Raises:
         ZerompiError: in every process of the job.
     """
     started = launched_size()
-    # A process that MPI starts for itself inherits the launcher's variables, but not a batch shell's.
     if world_size != 1 or started is None or started[0] == 1:
         return
     size, name = started
     raise ZerompiError(
-        f"{name} started {size} processes, but this one's COMM_WORLD has 1 rank: the launcher and the MPI "
-        "library that mpi4py uses do not fit together. Start the job with the mpiexec of that library "
-        "(`python -m mpi4py --mpi-lib-version` names it), or choose the matching plugin of srun "
-        "(--mpi=pmi2 for MPICH and Intel MPI, --mpi=pmix for Open MPI)"
+        f"{name} started {size} processes, but this one's COMM_WORLD has 1 rank: the launcher and "
+        "the MPI library that mpi4py uses do not fit together. Start the job with the mpiexec of "
+        "that library (`python -m mpi4py --mpi-lib-version` names it), or choose the matching plugin of "
+        "srun (--mpi=pmi2 for MPICH and Intel MPI, --mpi=pmix for Open MPI)"
     )
 
 
@@ -84,31 +84,43 @@ def local_ranks() -> int:
 
 def num_cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(_cores(0))
+
+
+def _cores(pid: int) -> set[int]:
+    """The cores that a process may use; an empty set if that cannot be known."""
+    try:
+        return os.sched_getaffinity(pid)
+    except OSError:
+        return set()
+
+
+def _is_bound() -> bool:
+    """Whether the launcher, our parent, has bound this rank to some of the cores it has itself."""
+    return _cores(0) < _cores(os.getppid())
 
 
 def threads_per_rank(local_size: int) -> int:
     """Threads that each of `local_size` ranks of a node should compute with.
 
-    OMP_NUM_THREADS if it is set; else the cores that are there divided by the ranks, for a launcher that
-    binds each rank to cores of its own shows each rank only these.
+    OMP_NUM_THREADS if it is set; else the cores that the launcher has bound this rank to; else an
+    equal share of the node's cores.
     """
     value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if value.isdigit() and int(value) > 0:
         return int(value)
-    bound = num_cores() < (os.cpu_count() or 1)
-    return max(1, num_cores() if bound else num_cores() // local_size)
+    return max(1, num_cores() if _is_bound() else num_cores() // local_size)
 
 
 def prepare_environment() -> None:
-    """Let waiting ranks yield their core where there are more ranks than cores.
+    """Let waiting ranks of MPICH sleep for a moment where there are more ranks than cores.
 
-    MPI libraries poll while they wait; with more ranks than cores that takes the core from the rank they
-    wait for. Must run before MPI is initialised; what the user has set stays.
+    Otherwise they poll, and take the core from the rank that they wait for. Costs some 0.1 ms of
+    latency, so not where every rank has a core. Open MPI knows by itself. Must run before MPI is
+    initialised; what the user has set stays.
     """
-    if local_ranks() > num_cores():
+    if not _is_bound() and local_ranks() > num_cores():
         os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
-        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 
 
 # -- errors ------------------------------------------------------------------------------------
@@ -118,10 +130,10 @@ _EXIT_GRACE = 1.0  # seconds in which ranks that all leave with a failure may en
 
 
 def abort_on_exception() -> None:
-    """End the whole job when an exception or a failed `sys.exit` ends this process, or a thread raises.
+    """End the whole job when this process, or a thread, ends with an exception or a failed exit.
 
-    Without it the other ranks would wait for this one for ever. The traceback is printed first, each line
-    marked with the rank. Nothing changes in a job of one rank, or in a child made by fork.
+    Without it the other ranks would wait for this one for ever. The traceback is printed first,
+    each line marked with the rank. Nothing changes in a job of one rank, or in a child made by fork.
     """
     if sys.exit is not _exit:
         sys.excepthook = partial(_excepthook, sys.excepthook)
@@ -153,9 +165,9 @@ def _thread_excepthook(
 class _Exit(SystemExit):
     """What `sys.exit` raises, so that an exit that nobody catches is noticed.
 
-    No hook is called for SystemExit, and a function of atexit does not see the status. But the interpreter
-    drops the exception once it has taken the status from it, and does so with no Python frame left
-    on the stack; whoever catches one has a frame.
+    No hook is called for SystemExit, and a function of atexit does not see the status. But the
+    interpreter drops the exception once it has taken the status from it, and does so with no Python
+    frame left on the stack; whoever catches one has a frame.
     """
 
     def __del__(self) -> None:
