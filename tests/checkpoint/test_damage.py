@@ -276,3 +276,10 @@ def test_a_refused_checkpoint_leaves_no_file_open(plain) -> None:
         with pytest.raises(CheckpointError):
             CheckpointReader(plain)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_closed_reader_leaves_no_file_open(plain) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with CheckpointReader(plain):
+        assert len(list(Path("/proc/self/fd").iterdir())) == before + 1
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
