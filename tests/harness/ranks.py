@@ -86,6 +86,11 @@ class RankAgreement:
             vars(report).pop("wasxfail", None)
         return report
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Show an error of collection that rank 0 may not have."""
+        if report.failed and self._comm.rank:
+            self._write(f"collection of {report.nodeid} failed\n{report.longreprtext}")
+
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """All ranks run the same tests, or none."""
@@ -112,7 +117,8 @@ class RankAgreement:
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         """`pytest.exit` and Ctrl-C end one rank's session only: end the job."""
-        self._abort(f"{excinfo.typename}: {excinfo.value}")
+        if not isinstance(excinfo.value, pytest.Session.Interrupted):  # which all ranks raise
+            self._abort(f"{excinfo.typename}: {excinfo.value}")
 
     def pytest_internalerror(self, excrepr: object) -> None:
         """An error in a hook of one rank."""

@@ -1,0 +1,115 @@
+#!/bin/bash
+# Train on several nodes under Slurm, with the mpiexec (mpirun) of the MPI library as the launcher: where
+# srun has no plugin for that library.
+#
+#   sbatch jobscripts/slurm-mpirun.sh
+#   OUT=run-7 STEPS=5000 sbatch --nodes=8 jobscripts/slurm-mpirun.sh --stage 3 --dtype bfloat16
+#
+# Arguments after the script's name go to `zerompi train`. Options of sbatch on the command line win over
+# the lines below. Every setting of the next section can be given in the environment.
+#
+# Before the time is over, and when the job is pre-empted, Slurm sends SIGUSR1 (SIGTERM): the job saves a
+# checkpoint, is queued again, and goes on from there.
+
+#SBATCH --job-name=zerompi
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=zerompi-%j.log
+# On nodes with GPUs, one rank per GPU, for instance:
+##SBATCH --gpus-per-node=4
+
+set -euo pipefail
+
+# -- settings ------------------------------------------------------------------------------------
+
+OUT=${OUT:-zerompi-out}           # directory of metrics and checkpoints; on a shared file system
+STEPS=${STEPS:-}                  # steps of the whole run; empty: the default of zerompi train
+SAVE_EVERY=${SAVE_EVERY:-200}     # steps between checkpoints
+VENV=${VENV:-}                    # virtual environment with zerompi; empty: what is active
+MODULES=${MODULES:-}              # modules to load, for instance "mpich cray-python"
+MPIEXEC=${MPIEXEC:-mpiexec}       # the launcher of the MPI library that mpi4py uses
+MPIEXEC_OPTIONS=${MPIEXEC_OPTIONS:-}    # more options for it
+CPU_BIND=${CPU_BIND:-core}        # binding of each rank to cores of its own; "none" to let them float
+REQUEUE=${REQUEUE:-1}             # 1: queue the job again when it was stopped before its end
+
+# -- environment ---------------------------------------------------------------------------------
+
+for module in $MODULES; do
+    module load "$module"
+done
+if [ -n "$VENV" ]; then
+    # shellcheck source=/dev/null
+    . "$VENV/bin/activate"
+fi
+
+# One rank per GPU where there are GPUs; else as many as sbatch was asked for.
+ranks_per_node=${SLURM_NTASKS_PER_NODE:-1}
+if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "$SLURM_GPUS_ON_NODE" -gt 0 ]; then
+    ranks_per_node=$SLURM_GPUS_ON_NODE
+fi
+
+# Threads of each rank: its cores.
+cores_per_node=${SLURM_CPUS_ON_NODE:-1}
+cpus_per_task=${SLURM_CPUS_PER_TASK:-$((cores_per_node / ranks_per_node))}
+if [ "$cpus_per_task" -lt 1 ]; then
+    cpus_per_task=1
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_task}
+
+# MPICH, Intel MPI and Open MPI name the same things differently.
+ranks=$((ranks_per_node * SLURM_JOB_NUM_NODES))
+read -r -a more <<< "$MPIEXEC_OPTIONS"
+mpirun_for_ranks() {
+    local binding
+    if "$MPIEXEC" --version 2>&1 | grep -q -i "open mpi\|prte\|openrte"; then
+        binding=(--map-by "ppr:$ranks_per_node:node:pe=$cpus_per_task" --bind-to "$CPU_BIND")
+        if [ "$CPU_BIND" = none ]; then
+            binding=(--map-by "ppr:$ranks_per_node:node" --bind-to none)
+        fi
+        exec "$MPIEXEC" -n "$ranks" "${binding[@]}" "${more[@]}" zerompi train "${options[@]}" "$@"
+    fi
+    binding=(-bind-to "$CPU_BIND:$cpus_per_task")
+    if [ "$CPU_BIND" = none ]; then
+        binding=(-bind-to none)
+    fi
+    exec "$MPIEXEC" -n "$ranks" -ppn "$ranks_per_node" "${binding[@]}" "${more[@]}" \
+        zerompi train "${options[@]}" "$@"
+}
+
+# -- run -----------------------------------------------------------------------------------------
+
+# From the latest checkpoint; from the start if there is none.
+options=(--out "$OUT" --save-every "$SAVE_EVERY" --resume latest)
+if [ -n "$STEPS" ]; then
+    options+=(--steps "$STEPS")
+fi
+
+echo "job $SLURM_JOB_ID: $SLURM_JOB_NUM_NODES nodes, $ranks_per_node ranks each," \
+    "$OMP_NUM_THREADS threads each: zerompi train ${options[*]} $*"
+
+# In the background, so that bash can hand signals on while it waits.
+mpirun_for_ranks "$@" &
+training=$!
+
+stopped=0
+stop() {
+    stopped=1
+    scancel --signal=USR1 "$SLURM_JOB_ID"    # to the steps: every rank saves and ends
+}
+trap stop USR1 TERM
+
+# wait returns at a signal, too: only the second time has the training ended.
+status=0
+wait "$training" || status=$?
+if [ "$stopped" = 1 ]; then
+    status=0
+    wait "$training" || status=$?
+    if [ "$status" = 0 ] && [ "$REQUEUE" = 1 ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+fi
+exit "$status"

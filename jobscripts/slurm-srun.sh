@@ -1,0 +1,96 @@
+#!/bin/bash
+# Train on several nodes under Slurm, with srun as the launcher.
+#
+#   sbatch jobscripts/slurm-srun.sh
+#   OUT=run-7 STEPS=5000 sbatch --nodes=8 jobscripts/slurm-srun.sh --stage 3 --dtype bfloat16
+#
+# Arguments after the script's name go to `zerompi train`. Options of sbatch on the command line win over
+# the lines below. Every setting of the next section can be given in the environment.
+#
+# Before the time is over, and when the job is pre-empted, Slurm sends SIGUSR1 (SIGTERM): the job saves a
+# checkpoint, is queued again, and goes on from there.
+
+#SBATCH --job-name=zerompi
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=zerompi-%j.log
+# On nodes with GPUs, one rank per GPU, for instance:
+##SBATCH --gpus-per-node=4
+
+set -euo pipefail
+
+# -- settings ------------------------------------------------------------------------------------
+
+OUT=${OUT:-zerompi-out}           # directory of metrics and checkpoints; on a shared file system
+STEPS=${STEPS:-}                  # steps of the whole run; empty: the default of zerompi train
+SAVE_EVERY=${SAVE_EVERY:-200}     # steps between checkpoints
+VENV=${VENV:-}                    # virtual environment with zerompi; empty: what is active
+MODULES=${MODULES:-}              # modules to load, for instance "mpich cray-python"
+# How srun and the MPI library find each other: pmi2 for MPICH and Intel MPI, pmix for Open MPI;
+# `srun --mpi=list` shows what there is.
+MPI_PLUGIN=${MPI_PLUGIN:-pmi2}
+CPU_BIND=${CPU_BIND:-cores}       # binding of each rank to cores of its own; "none" to let them float
+REQUEUE=${REQUEUE:-1}             # 1: queue the job again when it was stopped before its end
+
+# -- environment ---------------------------------------------------------------------------------
+
+for module in $MODULES; do
+    module load "$module"
+done
+if [ -n "$VENV" ]; then
+    # shellcheck source=/dev/null
+    . "$VENV/bin/activate"
+fi
+
+# One rank per GPU where there are GPUs; else as many as sbatch was asked for.
+ranks_per_node=${SLURM_NTASKS_PER_NODE:-1}
+if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "$SLURM_GPUS_ON_NODE" -gt 0 ]; then
+    ranks_per_node=$SLURM_GPUS_ON_NODE
+fi
+
+# Threads of each rank: its cores.
+cores_per_node=${SLURM_CPUS_ON_NODE:-1}
+cpus_per_task=${SLURM_CPUS_PER_TASK:-$((cores_per_node / ranks_per_node))}
+if [ "$cpus_per_task" -lt 1 ]; then
+    cpus_per_task=1
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_task}
+
+# -- run -----------------------------------------------------------------------------------------
+
+# From the latest checkpoint; from the start if there is none.
+options=(--out "$OUT" --save-every "$SAVE_EVERY" --resume latest)
+if [ -n "$STEPS" ]; then
+    options+=(--steps "$STEPS")
+fi
+
+echo "job $SLURM_JOB_ID: $SLURM_JOB_NUM_NODES nodes, $ranks_per_node ranks each," \
+    "$OMP_NUM_THREADS threads each: zerompi train ${options[*]} $*"
+
+# In the background, so that bash can hand signals on while it waits.
+srun --mpi="$MPI_PLUGIN" --ntasks-per-node="$ranks_per_node" --cpus-per-task="$cpus_per_task" \
+    --cpu-bind="$CPU_BIND" --kill-on-bad-exit=1 zerompi train "${options[@]}" "$@" &
+training=$!
+
+stopped=0
+stop() {
+    stopped=1
+    scancel --signal=USR1 "$SLURM_JOB_ID"    # to the steps: every rank saves and ends
+}
+trap stop USR1 TERM
+
+# wait returns at a signal, too: only the second time has the training ended.
+status=0
+wait "$training" || status=$?
+if [ "$stopped" = 1 ]; then
+    status=0
+    wait "$training" || status=$?
+    if [ "$status" = 0 ] && [ "$REQUEUE" = 1 ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+fi
+exit "$status"
