@@ -14,6 +14,7 @@ from zerompi.collectives import (
     all_reduce,
     all_to_all,
     broadcast,
+    contract,
     reduce_scatter,
 )
 
@@ -36,6 +37,7 @@ def expect(group, call, error, message):
     assert own.item() == group.size
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor:UserWarning")
 @pytest.mark.parametrize("operation", SAME_SIZE)
 @pytest.mark.parametrize(
     ("make", "error", "message"),
@@ -208,6 +210,19 @@ def test_a_refusal_on_one_rank_reaches_the_others(flat):
     else:
         expected = (zerompi.MismatchError, "rank 0: refusal of all_reduce: recv: expected 3")
     expect(flat, lambda: all_reduce(torch.zeros(numel), torch.zeros(2), flat), *expected)
+
+
+def test_an_unforeseen_error_of_a_check_reaches_the_others_too(flat):
+    def check():
+        if flat.rank == 0:
+            raise RuntimeError("out of luck")
+        return "a check that passed"
+
+    if flat.rank == 0:
+        expected = (RuntimeError, "out of luck")
+    else:
+        expected = (zerompi.MismatchError, "rank 0: refusal of lottery: out of luck")
+    expect(flat, lambda: contract.agreed_signature(flat, "lottery", check), *expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -33,6 +33,7 @@ def test_dtypes_without_a_sum_are_refused(dtype):
         accumulate_dtype(dtype)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor:UserWarning")
 def test_every_dtype_that_is_accepted_can_be_added():
     for dtype in {d for d in vars(torch).values() if isinstance(d, torch.dtype)}:
         try:
