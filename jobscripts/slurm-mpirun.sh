@@ -29,6 +29,7 @@ set -euo pipefail
 OUT=${OUT:-zerompi-out}           # directory of metrics and checkpoints; on a shared file system
 STEPS=${STEPS:-}                  # steps of the whole run; empty: the default of zerompi train
 SAVE_EVERY=${SAVE_EVERY:-200}     # steps between checkpoints
+ZEROMPI=${ZEROMPI:-zerompi}       # the command; or "python -m zerompi"
 VENV=${VENV:-}                    # virtual environment with zerompi; empty: what is active
 MODULES=${MODULES:-}              # modules to load, for instance "mpich cray-python"
 MPIEXEC=${MPIEXEC:-mpiexec}       # the launcher of the MPI library that mpi4py uses
@@ -63,25 +64,26 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_task}
 # MPICH, Intel MPI and Open MPI name the same things differently.
 ranks=$((ranks_per_node * SLURM_JOB_NUM_NODES))
 read -r -a more <<< "$MPIEXEC_OPTIONS"
-mpirun_for_ranks() {
-    local binding
-    if "$MPIEXEC" --version 2>&1 | grep -q -i "open mpi\|prte\|openrte"; then
-        binding=(--map-by "ppr:$ranks_per_node:node:pe=$cpus_per_task" --bind-to "$CPU_BIND")
-        if [ "$CPU_BIND" = none ]; then
-            binding=(--map-by "ppr:$ranks_per_node:node" --bind-to none)
-        fi
-        exec "$MPIEXEC" -n "$ranks" "${binding[@]}" "${more[@]}" zerompi train "${options[@]}" "$@"
-    fi
-    binding=(-bind-to "$CPU_BIND:$cpus_per_task")
+if "$MPIEXEC" --version 2>&1 | grep -qi -e "open mpi" -e prte; then
+    launch=("$MPIEXEC" -n "$ranks")
     if [ "$CPU_BIND" = none ]; then
-        binding=(-bind-to none)
+        launch+=(--map-by "ppr:$ranks_per_node:node" --bind-to none)
+    else
+        launch+=(--map-by "ppr:$ranks_per_node:node:pe=$cpus_per_task" --bind-to "$CPU_BIND")
     fi
-    exec "$MPIEXEC" -n "$ranks" -ppn "$ranks_per_node" "${binding[@]}" "${more[@]}" \
-        zerompi train "${options[@]}" "$@"
-}
+else
+    launch=("$MPIEXEC" -n "$ranks" -ppn "$ranks_per_node")
+    if [ "$CPU_BIND" = none ]; then
+        launch+=(-bind-to none)
+    else
+        launch+=(-bind-to "$CPU_BIND:$cpus_per_task")
+    fi
+fi
+launch+=("${more[@]}")
 
 # -- run -----------------------------------------------------------------------------------------
 
+read -r -a zerompi <<< "$ZEROMPI"
 # From the latest checkpoint; from the start if there is none.
 options=(--out "$OUT" --save-every "$SAVE_EVERY" --resume latest)
 if [ -n "$STEPS" ]; then
@@ -91,25 +93,22 @@ fi
 echo "job $SLURM_JOB_ID: $SLURM_JOB_NUM_NODES nodes, $ranks_per_node ranks each," \
     "$OMP_NUM_THREADS threads each: zerompi train ${options[*]} $*"
 
-# In the background, so that bash can hand signals on while it waits.
-mpirun_for_ranks "$@" &
+# In the background, so that bash can hand the signal on while it waits.
+"${launch[@]}" "${zerompi[@]}" train "${options[@]}" "$@" &
 training=$!
 
 stopped=0
-stop() {
-    stopped=1
-    scancel --signal=USR1 "$SLURM_JOB_ID"    # to the steps: every rank saves and ends
-}
-trap stop USR1 TERM
+# The launcher hands SIGUSR1 on to every rank; zerompi saves a checkpoint and ends.
+trap 'stopped=1; kill -USR1 "$training"' USR1 TERM
 
-# wait returns at a signal, too: only the second time has the training ended.
+# wait returns at a signal, too: the training has ended only when it is gone.
 status=0
 wait "$training" || status=$?
-if [ "$stopped" = 1 ]; then
+while kill -0 "$training" 2> /dev/null; do
     status=0
     wait "$training" || status=$?
-    if [ "$status" = 0 ] && [ "$REQUEUE" = 1 ]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+done
+if [ "$stopped" = 1 ] && [ "$status" = 0 ] && [ "$REQUEUE" = 1 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

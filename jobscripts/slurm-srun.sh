@@ -28,6 +28,7 @@ set -euo pipefail
 OUT=${OUT:-zerompi-out}           # directory of metrics and checkpoints; on a shared file system
 STEPS=${STEPS:-}                  # steps of the whole run; empty: the default of zerompi train
 SAVE_EVERY=${SAVE_EVERY:-200}     # steps between checkpoints
+ZEROMPI=${ZEROMPI:-zerompi}       # the command; or "python -m zerompi"
 VENV=${VENV:-}                    # virtual environment with zerompi; empty: what is active
 MODULES=${MODULES:-}              # modules to load, for instance "mpich cray-python"
 # How srun and the MPI library find each other: pmi2 for MPICH and Intel MPI, pmix for Open MPI;
@@ -62,6 +63,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_task}
 
 # -- run -----------------------------------------------------------------------------------------
 
+read -r -a zerompi <<< "$ZEROMPI"
 # From the latest checkpoint; from the start if there is none.
 options=(--out "$OUT" --save-every "$SAVE_EVERY" --resume latest)
 if [ -n "$STEPS" ]; then
@@ -71,26 +73,23 @@ fi
 echo "job $SLURM_JOB_ID: $SLURM_JOB_NUM_NODES nodes, $ranks_per_node ranks each," \
     "$OMP_NUM_THREADS threads each: zerompi train ${options[*]} $*"
 
-# In the background, so that bash can hand signals on while it waits.
+# In the background, so that bash can hand the signal on while it waits.
 srun --mpi="$MPI_PLUGIN" --ntasks-per-node="$ranks_per_node" --cpus-per-task="$cpus_per_task" \
-    --cpu-bind="$CPU_BIND" --kill-on-bad-exit=1 zerompi train "${options[@]}" "$@" &
+    --cpu-bind="$CPU_BIND" --kill-on-bad-exit=1 "${zerompi[@]}" train "${options[@]}" "$@" &
 training=$!
 
 stopped=0
-stop() {
-    stopped=1
-    scancel --signal=USR1 "$SLURM_JOB_ID"    # to the steps: every rank saves and ends
-}
-trap stop USR1 TERM
+# The launcher hands SIGUSR1 on to every rank; zerompi saves a checkpoint and ends.
+trap 'stopped=1; kill -USR1 "$training"' USR1 TERM
 
-# wait returns at a signal, too: only the second time has the training ended.
+# wait returns at a signal, too: the training has ended only when it is gone.
 status=0
 wait "$training" || status=$?
-if [ "$stopped" = 1 ]; then
+while kill -0 "$training" 2> /dev/null; do
     status=0
     wait "$training" || status=$?
-    if [ "$status" = 0 ] && [ "$REQUEUE" = 1 ]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+done
+if [ "$stopped" = 1 ] && [ "$status" = 0 ] && [ "$REQUEUE" = 1 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
