@@ -119,7 +119,11 @@ class Segment:
         same = self.full.tensor if placement is Placement.REPLICATE else self.shard
         if self.main_dtype is self.dtype:
             return same
-        return torch.zeros(same.numel(), dtype=self.main_dtype)
+        return self._zeros(same.numel())
+
+    def _zeros(self, numel: int) -> Tensor:
+        buffer = self.context.shard_group.allocate(numel, self.main_dtype)
+        return buffer.tensor.zero_()
 
     def _part(self, flat: Tensor, index: int) -> Tensor:
         """The view of parameter `index` in a tensor placed like the optimizer states."""
@@ -138,7 +142,7 @@ class Segment:
 
     def adopt(self) -> None:
         """Start from rank 0's parameter values, leaving placeholders. Collective over the world."""
-        values = torch.zeros(self.layout.padded_numel, dtype=self.main_dtype)
+        values = self._zeros(self.layout.padded_numel)
         for i, parameter in enumerate(self.parameters):
             self.view(values, i).copy_(parameter.detach())
             parameter.data = placeholder(parameter, self.dtype)
@@ -167,7 +171,7 @@ class Segment:
         """The full main weights, (padded_numel,), main dtype; a new tensor. Collective."""
         if self.is_main_replicated:
             return self.main.clone()
-        values = torch.zeros(self.layout.padded_numel, dtype=self.main_dtype)
+        values = self._zeros(self.layout.padded_numel)
         values[self.own.start : self.own.stop].copy_(self.main[: self.own.numel])
         gather_blocks(
             values, self.layout.shard_ranges, self.context.shard_group, label="gathered"
@@ -292,7 +296,7 @@ class Segment:
                 base = self.shard_index * self.layout.shard_numel
                 result = flat[base : base + self.layout.shard_numel]
             else:
-                result = torch.empty(self.layout.shard_numel, dtype=self.reduce_dtype)
+                result = group.allocate(self.layout.shard_numel, self.reduce_dtype).tensor
             exact = result[: self.own.numel]
             reduce_blocks(flat, exact, ranges, group, scale=scale)
             if replicas is not None:

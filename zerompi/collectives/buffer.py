@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+# mallopt(3) of the GNU C library. Normally the threshold above which malloc maps memory of its own grows with
+# what is freed, up to 32 MiB; these are the values at the end of that growth.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MAX_MMAP_THRESHOLD_NBYTES = 32 << 20
+_MIN_MAPPING_NBYTES = 64 << 10
+
+_mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+
+
+@contextmanager
+def _own_mapping() -> Iterator[None]:
+    """Let what is allocated inside be a mapping of its own, that goes back to the system when it is freed.
+
+    On the heap, buffers that come and go would leave holes between the small things allocated
+    meanwhile: at stage 3 they would take a multiple of their size.
+    """
+    if _mallopt is None:
+        yield
+        return
+    _mallopt(_M_MMAP_THRESHOLD, _MIN_MAPPING_NBYTES)
+    try:
+        yield
+    finally:
+        _mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD_NBYTES)
+        _mallopt(_M_TRIM_THRESHOLD, 2 * _MAX_MMAP_THRESHOLD_NBYTES)
 
 
 class Buffer:
     """A 1-D tensor made by the group that will communicate it.
 
-    The tensor is one object for the buffer's life. `free` gives its memory back and `restore` takes new memory for
-    the same storage, so that views of the tensor, also those saved by autograd, are valid again.
+    The tensor is one object for the buffer's life. `free` gives its memory back and `restore` takes new
+    memory for the same storage, so that views of the tensor, also those saved by autograd, are valid again.
     """
 
     def __init__(self, numel: int, dtype: torch.dtype) -> None:
-        self.tensor = torch.empty(numel, dtype=dtype)
+        with _own_mapping():
+            self.tensor = torch.empty(numel, dtype=dtype)
         self.nbytes = self.tensor.nbytes
 
     @property
@@ -28,4 +59,5 @@ class Buffer:
     def restore(self) -> None:
         """Take memory again if there is none; its contents are undefined."""
         if self.is_free:
-            self.tensor.untyped_storage().resize_(self.nbytes)
+            with _own_mapping():
+                self.tensor.untyped_storage().resize_(self.nbytes)
