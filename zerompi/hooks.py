@@ -15,7 +15,7 @@ created before any other of its forward, so when that node runs, the unit's back
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -72,11 +72,11 @@ class Hooks:
                         partial(self._on_gradient, unit, segment, index)
                     )
                 )
+        before: Callable[..., Any] = self._before_forward
+        after: Callable[..., Any] = self._after_forward
         if unit.module is self.model:
             before, after = self._before_model, self._after_model
-        elif self._sharded:
-            before, after = self._before_forward, self._after_forward
-        else:
+        elif not self._sharded:
             return
         self._handles.append(
             unit.module.register_forward_pre_hook(
@@ -96,7 +96,7 @@ class Hooks:
     @property
     def gradient_scale(self) -> float:
         """What a sum of gradients is multiplied by: the mean over ranks and passes, and no loss scale."""
-        divisor = self.context.world.size * self.accumulation.count
+        divisor: float = self.context.world.size * self.accumulation.count
         if self.scaler is not None:
             divisor *= self.scaler.scale
         return 1.0 / divisor

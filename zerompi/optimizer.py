@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -247,7 +248,9 @@ def _is_elementwise(optimizer: Optimizer, group: dict[str, Any]) -> bool:
         trial.state = defaultdict(dict)
         trial.param_groups = [{**group, "params": parameters}]
         if "lr" in group:
-            trial.param_groups[0]["lr"] = 1e-2  # a warm-up may have set 0, which would prove nothing
+            trial.param_groups[0]["lr"] = (
+                1e-2  # a warm-up may have set 0, which would prove nothing
+            )
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             trial.__dict__[hooks] = {}
         for step in parts:
@@ -258,7 +261,7 @@ def _is_elementwise(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 
     def pieces(tensor: Tensor) -> list[Tensor]:
         flat = tensor.flatten()
-        return [flat[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [flat[a:b] for a, b in pairwise(cuts)]
 
     try:
         whole = run([nn.Parameter(start.clone())], [[gradient] for gradient in gradients])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +43,7 @@ class MixedPrecision:
         if isinstance(scale, str):
             if scale != "dynamic":
                 raise ValueError(f"loss_scale: expected 'dynamic' or a number, got {scale!r}")
-        elif scale is not None and not scale > 0:
+        elif scale is not None and (isinstance(scale, bool) or not 0 < scale < math.inf):
             raise ValueError(f"loss_scale: expected a positive number, got {scale!r}")
 
     def make_scaler(self) -> LossScaler | None:
@@ -78,7 +79,7 @@ class LossScaler:
             return
         self.steps_since_overflow += 1
         if self.steps_since_overflow >= self.growth_interval:
-            self.scale = min(self.scale * 2, 2.0**24)
+            self.scale = max(self.scale, min(self.scale * 2, 2.0**24))
             self.steps_since_overflow = 0
 
     def state_dict(self) -> dict[str, float]:

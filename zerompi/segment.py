@@ -173,9 +173,7 @@ class Segment:
             return self.main.clone()
         values = self._zeros(self.layout.padded_numel)
         values[self.own.start : self.own.stop].copy_(self.main[: self.own.numel])
-        gather_blocks(
-            values, self.layout.shard_ranges, self.context.shard_group, label="gathered"
-        )
+        gather_blocks(values, self.layout.shard_ranges, self.context.shard_group, label="gathered")
         return values
 
     def own_values(self, index: int) -> tuple[Range, Tensor]:
@@ -226,7 +224,10 @@ class Segment:
             self.shard.copy_(self.main)
         if stage.parameter is Placement.REPLICATE:
             gather_blocks(
-                self.full.tensor, self.layout.shard_ranges, self.context.shard_group, label="refresh"
+                self.full.tensor,
+                self.layout.shard_ranges,
+                self.context.shard_group,
+                label="refresh",
             )
 
     # -- gradients -----------------------------------------------------------------------------

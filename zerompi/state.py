@@ -24,25 +24,25 @@ class Entry(NamedTuple):
 
     name: str
     segment: Segment
-    index: int
+    position: int
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The whole parameter's shape."""
-        return self.segment.layout.shapes[self.index]
+        return self.segment.layout.shapes[self.position]
 
     @property
     def piece(self) -> nn.Parameter:
         """This rank's piece."""
-        return self.segment.pieces[self.index]
+        return self.segment.pieces[self.position]
 
 
 def entries(units: Sequence[Unit]) -> Iterator[Entry]:
     """All parameters, each once, in the same order on all ranks."""
     for unit in units:
         for segment in unit.segments:
-            for index, name in enumerate(segment.names):
-                yield Entry(name, segment, index)
+            for position, name in enumerate(segment.names):
+                yield Entry(name, segment, position)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def model_table(model: nn.Module, units: Sequence[Unit]) -> TensorTable:
     specs, slices = {}, []
     for entry in entries(units):
         specs[entry.name] = TensorSpec(entry.shape, entry.segment.main_dtype)
-        (start, stop), values = entry.segment.own_values(entry.index)
+        (start, stop), values = entry.segment.own_values(entry.position)
         slices.append(Slice(entry.name, start, stop, values))
     for name, buffer in persistent_buffers(model).items():
         specs[name] = TensorSpec(tuple(buffer.shape), buffer.dtype)
@@ -101,7 +101,7 @@ def optimizer_table(optimizer: Optimizer | None, units: Sequence[Unit]) -> Tenso
 
 
 def _own_state(entry: Entry, value: Tensor) -> tuple[tuple[int, int], Tensor]:
-    piece = entry.segment.layout.piece(entry.index, entry.segment.shard_index)
+    piece = entry.segment.layout.piece(entry.position, entry.segment.shard_index)
     flat = value.reshape(-1)
     if flat.numel() != piece.in_parameter.numel:  # replicated: every rank writes a part
         flat = flat[piece.in_parameter.start : piece.in_parameter.stop]
@@ -181,7 +181,7 @@ def read_model(
         if piece.shape == entry.shape and segment.is_main_replicated:
             reader.read_model(name, 0, piece.numel(), piece.reshape(-1))
         else:
-            (start, stop), values = segment.own_values(entry.index)
+            (start, stop), values = segment.own_values(entry.position)
             reader.read_model(name, start, stop, values)
     for name, buffer in persistent_buffers(model).items():
         values = torch.empty(buffer.numel(), dtype=buffer.dtype)
@@ -198,11 +198,13 @@ def read_optimizer(reader: CheckpointReader, optimizer: Optimizer, units: Sequen
     by_name = {entry.name: entry for entry in entries(units)}
     plain = reader.state.get("optimizer", {})
     _read_groups(optimizer, plain.get("param_groups", []), by_name)
-    states: dict[nn.Parameter, dict[str, Any]] = {}
+    states: dict[Tensor, dict[str, Any]] = {}
     for full_name, spec in reader.optimizer_specs.items():
         key, _, name = full_name.partition(".")
         if name not in by_name:
-            raise ZerompiError(f"the checkpoint has optimizer state for {name!r}, the model has not")
+            raise ZerompiError(
+                f"the checkpoint has optimizer state for {name!r}, the model has not"
+            )
         entry = by_name[name]
         if is_elementwise_shape(key, spec.shape, entry.shape):
             value = torch.empty(entry.piece.shape, dtype=spec.dtype)
@@ -223,7 +225,7 @@ def read_optimizer(reader: CheckpointReader, optimizer: Optimizer, units: Sequen
 def _own_range(entry: Entry) -> tuple[int, int]:
     if entry.segment.is_main_replicated:
         return 0, entry.piece.numel()
-    return entry.segment.layout.piece(entry.index, entry.segment.shard_index).in_parameter
+    return entry.segment.layout.piece(entry.position, entry.segment.shard_index).in_parameter
 
 
 def _read_groups(
@@ -255,11 +257,17 @@ def _read_groups(
 
 def rng_state() -> dict[str, Any]:
     """The state of torch's, NumPy's and Python's global generators, for JSON."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, words, next_gauss = random.getstate()
     return {
         "torch": base64.b64encode(bytes(torch.get_rng_state().numpy())).decode(),
-        "numpy": [name, base64.b64encode(keys.tobytes()).decode(), position, has_gauss, gauss],
+        "numpy": [
+            name,
+            base64.b64encode(np.asarray(keys).tobytes()).decode(),
+            position,
+            has_gauss,
+            gauss,
+        ],
         "python": [version, list(words), next_gauss],
     }
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import CASES, build, own_slice
 from torch import nn
 
 import zerompi
+from models import CASES, build, own_slice
 
 
 @pytest.fixture
@@ -129,8 +129,19 @@ def test_optimizers_that_need_whole_tensors_work_at_stage_0(comm):
         lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
         lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
     ],
-    ids="SignSGD RMSprop NAdam Adamax Adadelta RAdam Rprop ASGD Adam-tensor-lr "
-    "AdamW-single AdamW-fused".split(),
+    ids=[
+        "SignSGD",
+        "RMSprop",
+        "NAdam",
+        "Adamax",
+        "Adadelta",
+        "RAdam",
+        "Rprop",
+        "ASGD",
+        "Adam-tensor-lr",
+        "AdamW-single",
+        "AdamW-fused",
+    ],
 )
 def test_every_elementwise_optimizer_works(comm, stage, make):
     case = CASES["mlp"]
@@ -186,7 +197,9 @@ def test_ranks_with_different_shapes_get_an_error_that_names_both(several):
 
 def test_ranks_with_different_dtypes_get_an_error_that_names_both(several):
     model = nn.Linear(4, 4, dtype=torch.float64 if last(several) else torch.float32)
-    with pytest.raises(zerompi.MismatchError, match=r"weight: torch.float32.*weight: torch.float64"):
+    with pytest.raises(
+        zerompi.MismatchError, match=r"weight: torch.float32.*weight: torch.float64"
+    ):
         zerompi.partition(model, comm=several)
 
 

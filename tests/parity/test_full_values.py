@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import CASES, GPT, build, own_slice, unsharded_losses
 from torch import nn
 
 import zerompi
+from models import CASES, GPT, build, own_slice, unsharded_losses
 
 STAGES = [0, 1, 2, 3]
 MIXED = zerompi.MixedPrecision(torch.bfloat16)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import GLOBAL_BATCH
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import zerompi
+from models import GLOBAL_BATCH
 
 STAGES = [0, 1, 2, 3]
 DIM = 6

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import CASES, build, own_slice
 from torch import nn
 
 import zerompi
+from models import CASES, build, own_slice
 
 STAGES = [0, 1, 2, 3]
 
@@ -83,9 +83,7 @@ def test_dtypes_of_parameters_gradients_and_outputs(comm, stage):
         lambda module, args, output: seen.extend([args[0].dtype, next(model.parameters()).dtype])
     )
     precision = zerompi.MixedPrecision(torch.bfloat16, torch.bfloat16, torch.float32)
-    with zerompi.partition(
-        model, optimizer, stage=stage, comm=comm, mixed_precision=precision
-    ):
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm, mixed_precision=precision):
         x, y = own_slice(case.batch(0), comm.rank, comm.size)
         output = model(x)
         assert seen == [torch.bfloat16, torch.bfloat16]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import CASES, build, own_slice
 from torch import nn
 
 import zerompi
+from models import CASES, build, own_slice
 
 STAGES = [0, 1, 2, 3]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import CASES, OPTIMIZERS, build, own_slice, unsharded_losses
 from mpi4py import MPI
 
 import zerompi
+from models import CASES, OPTIMIZERS, build, own_slice, unsharded_losses
 
 STAGES = [0, 1, 2, 3]
 

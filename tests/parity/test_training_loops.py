@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import CASES, GLOBAL_BATCH, build, own_slice, unsharded_losses
 from torch import nn
 
 import zerompi
+from models import CASES, GLOBAL_BATCH, build, own_slice, unsharded_losses
 
 STAGES = [0, 1, 2, 3]
 
@@ -121,12 +121,16 @@ def test_accumulate_refuses_another_number_of_passes(comm, stage):
     model, optimizer = build(case)
     zero = zerompi.partition(model, optimizer, stage=stage, comm=comm)
     x, y = own_slice(case.batch(0), comm.rank, comm.size)
-    with pytest.raises(zerompi.ZerompiError, match="expected 2 backward passes, got 1"):
-        with zero.accumulate(2):
-            case.loss(model(x), y).backward()
-    with pytest.raises(ValueError, match="count: expected a positive integer, got 0"):
-        with zero.accumulate(0):
-            pass
+    with (
+        pytest.raises(zerompi.ZerompiError, match="expected 2 backward passes, got 1"),
+        zero.accumulate(2),
+    ):
+        case.loss(model(x), y).backward()
+    with (
+        pytest.raises(ValueError, match="count: expected a positive integer, got 0"),
+        zero.accumulate(0),
+    ):
+        pass
     zero.close()
 
 
