@@ -1,0 +1,171 @@
+"""The batch scripts are clean, and the main job runs through them on several nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mpi4py import MPI
+
+from harness.mpirun import ROOT, MPIRun, clean_environment
+
+SCRIPTS = ROOT / "jobscripts"
+SLURM = ROOT.parent / "shared" / "slurm"
+IS_OPEN_MPI = MPI.get_vendor()[0] == "Open MPI"
+TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "32", "--batch", "4"]
+TINY += ["--eval-batches", "1", "--sample", "0", "--progress", "lines"]
+
+pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="starts jobs of its own")
+
+
+def settings(out, steps):
+    """What a user would set for a short run of this checkout."""
+    return {
+        **clean_environment(),
+        "OUT": str(out),
+        "STEPS": str(steps),
+        "SAVE_EVERY": "0",
+        "CPU_BIND": "none",
+        "ZEROMPI": f"{sys.executable} -m zerompi",
+        "MPIEXEC": shutil.which("mpiexec", path=Path(sys.executable).parent) or "mpiexec",
+    }
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """A real Slurm of two nodes on this machine; the environment in which its commands find it."""
+    missing = [name for name in ("sbatch", "slurmctld", "munged") if not shutil.which(name)]
+    if missing:
+        pytest.skip(f"Slurm is not installed: no {', '.join(missing)}")
+    if not SLURM.is_dir():
+        pytest.skip(f"no {SLURM}: nothing there to start Slurm on one machine")
+    directory = tmp_path_factory.mktemp("slurm")
+    place = {"SLURM_DIR": str(directory / "s"), "PORT0": str(17600 + os.getpid() % 1000 * 3)}
+    environment = {**os.environ, **place, "NODES": "2", "CPUS": "4"}
+    up = subprocess.run(
+        [SLURM / "slurm_up.sh"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    if up.returncode:
+        pytest.skip(f"Slurm does not start here: {up.stderr[-500:]}")
+    yield {**place, "SLURM_CONF": f"{place['SLURM_DIR']}/slurm.conf"}
+    subprocess.run([SLURM / "slurm_down.sh"], env=environment, capture_output=True, timeout=60)
+
+
+def submit(slurm, script, log, environment, *arguments):
+    """Submit a batch script on 2 nodes x 2 ranks; return the job's number."""
+    command = [
+        "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", f"--output={log}",
+        f"--chdir={ROOT}", SCRIPTS / script, *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env={**environment, **slurm}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def wait_for(condition, what, log, seconds=150):
+    end = time.monotonic() + seconds
+    while not condition():
+        text = log.read_text(errors="replace") if log.exists() else "nothing"
+        assert time.monotonic() < end, f"no {what} after {seconds} s; the job wrote\n{text}"
+        time.sleep(0.3)
+
+
+def job_field(slurm, job, name):
+    done = subprocess.run(
+        ["scontrol", "show", "job", job],
+        env={**os.environ, **slurm},
+        capture_output=True,
+        text=True,
+    )
+    found = re.search(rf"\b{name}=(\S+)", done.stdout)
+    return found[1] if found else ""
+
+
+def train_with(slurm, script, tmp_path, extra):
+    log = tmp_path / "job.log"
+    environment = {**settings(tmp_path / "out", 3), **extra}
+    job = submit(slurm, script, log, environment, *TINY)
+    wait_for(
+        lambda: job_field(slurm, job, "JobState") in ("COMPLETED", "FAILED", "CANCELLED"),
+        "end",
+        log,
+    )
+    text = log.read_text(errors="replace")
+    assert job_field(slurm, job, "JobState") == "COMPLETED", text
+    assert "2 nodes, 2 ranks each" in text
+    return json.loads((tmp_path / "out" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.sh")))
+def test_script_is_clean(script):
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(
+        ["shellcheck", SCRIPTS / script], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_main_job_runs_under_srun(slurm, tmp_path):
+    plugin = "pmix" if IS_OPEN_MPI else "pmi2"
+    summary = train_with(slurm, "slurm-srun.sh", tmp_path, {"MPI_PLUGIN": plugin})
+    assert [summary["run"][name] for name in ("ranks", "nodes", "steps")] == [4, 2, 3]
+
+
+def test_main_job_runs_under_mpiexec_in_a_slurm_job(slurm, tmp_path):
+    options = "" if IS_OPEN_MPI else "-iface lo"
+    summary = train_with(slurm, "slurm-mpirun.sh", tmp_path, {"MPIEXEC_OPTIONS": options})
+    assert [summary["run"][name] for name in ("ranks", "nodes", "steps")] == [4, 2, 3]
+
+
+def test_srun_with_a_plugin_that_does_not_fit_is_refused(slurm, tmp_path):
+    log = tmp_path / "job.log"
+    environment = {**settings(tmp_path / "out", 3), "MPI_PLUGIN": "none"}
+    job = submit(slurm, "slurm-srun.sh", log, environment, *TINY)
+    wait_for(lambda: job_field(slurm, job, "JobState") == "FAILED", "failure", log)
+    assert "srun started 4 processes" in log.read_text(errors="replace")
+
+
+def test_job_that_is_stopped_is_queued_again_and_goes_on(slurm, tmp_path):
+    log, out = tmp_path / "job.log", tmp_path / "out"
+    environment = {
+        **settings(out, 2000),
+        "MPI_PLUGIN": "pmix" if IS_OPEN_MPI else "pmi2",
+        "SAVE_EVERY": "100000",
+    }
+    job = submit(slurm, "slurm-srun.sh", log, environment, *TINY, "--eval-every", "0")
+    metrics = out / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size, "first step", log)
+    command = ["scancel", "--batch", "--signal=USR1", job]
+    subprocess.run(command, env={**os.environ, **slurm}, check=True, timeout=60)
+    wait_for(lambda: job_field(slurm, job, "Restarts") == "1", "requeue", log)
+    subprocess.run(["scancel", job], env={**os.environ, **slurm}, check=True, timeout=60)
+    saved = list(out.glob("**/state.json"))
+    assert saved, log.read_text(errors="replace")
+
+
+def test_main_job_runs_in_a_pbs_job(tmp_path):
+    """PBS is played by its environment: two lines for this machine in the node file."""
+    host = "localhost"
+    (tmp_path / "nodes").write_text(f"{host}\n{host}\n")
+    environment = {
+        **settings(tmp_path / "out", 3),
+        "PBS_NODEFILE": str(tmp_path / "nodes"),
+        "PBS_O_WORKDIR": str(ROOT),
+        "PBS_JOBID": "7.server",
+        "NCPUS": "2",
+        "OPTIONS": " ".join(TINY),
+    }
+    done = MPIRun.run_command(["bash", SCRIPTS / "pbs.sh"], env=environment, timeout=100)
+    assert done.returncode == 0, done.output
+    assert "1 nodes, 2 ranks each, 1 threads each" in done.output
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["run"]["ranks"] == 2
