@@ -53,6 +53,26 @@ def test_a_file_that_one_rank_cannot_read_ends_all(
     assert "error: rank 1: /no/such/file: No such file or directory" in job.stderr
 
 
+def test_a_rank_that_fails_while_training_ends_the_job_with_its_traceback(
+    run_mpi: Callable[..., MPIRun], tmp_path: Path
+) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "from mpi4py import MPI\nfrom zerompi.cli import main\nimport zerompi.train.loop as loop\n"
+        "original = loop.training_windows\n"
+        "def failing(*args, **kwargs):\n"
+        "    if MPI.COMM_WORLD.rank == 1 and kwargs['step'] == 2:\n"
+        "        raise KeyError('a bug')\n"
+        "    return original(*args, **kwargs)\n"
+        "loop.training_windows = failing\n"
+        "main()\n"
+    )
+    words = "train --layers 1 --width 8 --heads 1 --context 8 --batch 4 --steps 100000"
+    job = run_mpi(2, [script, *words.split(), "--out", tmp_path / "out"], timeout=60)
+    assert job.returncode != 0
+    assert "KeyError: 'a bug'" in job.stderr
+
+
 def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(
     run_mpi: Callable[..., MPIRun], tmp_path: Path
 ) -> None:

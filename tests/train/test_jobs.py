@@ -61,6 +61,9 @@ def test_a_resumed_job_repeats_the_losses_bit_for_bit(train: Train) -> None:
         line["grad_norm"] for line in whole.metrics if line["kind"] == "train"
     ]
     assert {path.name for path in checkpoints.iterdir()} == {"step-6"}
+    finished = train(2, "parts", resume=True, save_every=2, keep=1)
+    assert finished.summary["result"]["train_loss"] is None
+    assert finished.losses == whole.losses
 
 
 def test_a_job_resumed_at_another_rank_count_goes_on_alike(train: Train) -> None:

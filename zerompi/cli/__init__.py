@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from zerompi.cli.app import run
 
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sampled text may not fit the locale
     if MPI.COMM_WORLD.rank == 0:
         status = run(given)
     else:

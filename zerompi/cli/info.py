@@ -8,11 +8,11 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from mpi4py import MPI
-from rich.console import Console
 from rich.table import Table
 
 import zerompi
 from zerompi.launch import launched_size, local_ranks, num_cores, threads_per_rank
+from zerompi.train.display import make_console
 
 _PACKAGES = ("mpi4py", "torch", "numpy", "safetensors", "transformers")
 _THREAD_LEVELS = {
@@ -54,7 +54,7 @@ def _show() -> None:
     table.add_row("Python", platform.python_version())
     for name in _PACKAGES:
         table.add_row(name, _version(name))
-    Console().print(table)
+    make_console().print(table)
 
 
 def _launcher() -> str:

@@ -86,8 +86,8 @@ class LineDisplay:
 class BarDisplay:
     """A bar that stays at the bottom."""
 
-    def __init__(self, num_steps: int, done: int, width: int | None) -> None:
-        self._console = Console(force_terminal=True, width=width)
+    def __init__(self, num_steps: int, done: int) -> None:
+        self._console = make_console(force_terminal=True)
         self._bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
@@ -116,10 +116,16 @@ def make_display(progress: str, num_steps: int, done: int, *, shows: bool) -> Di
     """The display that `--progress` asks for; one that shows nothing on other ranks than 0."""
     if not shows or progress == "none":
         return SilentDisplay()
-    terminal = _terminal()
-    if progress == "bar" or (progress == "auto" and terminal is not None):
-        return BarDisplay(num_steps, done, None if terminal is None else _columns(terminal))
+    if progress == "bar" or (progress == "auto" and _terminal() is not None):
+        return BarDisplay(num_steps, done)
     return LineDisplay(num_steps)
+
+
+def make_console(*, force_terminal: bool = False) -> Console:
+    """A console for standard output, with colours only where that ends in a terminal."""
+    terminal = _terminal()
+    width = None if terminal is None else _columns(terminal)
+    return Console(force_terminal=force_terminal or terminal is not None, width=width)
 
 
 def _terminal() -> Path | None:

@@ -12,13 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch.nn.functional as F
 from mpi4py import MPI
-from rich.console import Console
 
 from zerompi.train.agreement import agree
 from zerompi.train.checkpoints import prepare_output, save_checkpoint
 from zerompi.train.config import TrainConfig
 from zerompi.train.data import training_windows
-from zerompi.train.display import Display, StepMetrics, make_display
+from zerompi.train.display import Display, StepMetrics, make_console, make_display
 from zerompi.train.evaluate import Evaluation, evaluate
 from zerompi.train.job import Job, prepare, restore
 from zerompi.train.memory import peak_rss
@@ -55,12 +54,13 @@ def train(config: TrainConfig, comm: MPI.Intracomm) -> Summary | None:
     _introduce(job, done, path, display)
     try:
         with StopRequest() as stop:
-            return _Run(job, log, display, stop).from_step(done)
+            summary = _Run(job, log, display, stop, done).run()
     finally:
         display.close()
         if log is not None:
             log.close()
-        job.zero.close()
+    job.zero.close()  # not after an exception: it is collective
+    return summary
 
 
 def _introduce(job: Job, done: int, path: Path | None, display: Display) -> None:
@@ -81,23 +81,25 @@ def _introduce(job: Job, done: int, path: Path | None, display: Display) -> None
 
 
 class _Run:
-    """A job while it trains."""
+    """A job while it trains, from the step after `done` on."""
 
     def __init__(
-        self, job: Job, log: MetricsLog | None, display: Display, stop: StopRequest
+        self, job: Job, log: MetricsLog | None, display: Display, stop: StopRequest, done: int
     ) -> None:
         self.job = job
         self.log = log
         self.display = display
         self.stop = stop
+        self.done = done
         self.meter = Meter()
 
-    def from_step(self, done: int) -> Summary | None:
+    def run(self) -> Summary | None:
         """Train until the last step, or until a signal."""
         job, config = self.job, self.job.config
-        saved = done
-        loss, evaluation = float("nan"), None
-        for step in range(done + 1, job.num_steps + 1):
+        saved = self.done
+        loss: float | None = None
+        evaluation: Evaluation | None = None
+        for step in range(self.done + 1, job.num_steps + 1):
             outcome = self._step(step, evaluated_before=evaluation is not None)
             loss, evaluation = outcome.metrics.loss, None
             self._record(outcome.metrics)
@@ -109,7 +111,7 @@ class _Run:
                 if outcome.signal:
                     self._say_stopped(outcome.signal, step, path)
                     return None
-        evaluation = evaluation or self._evaluate(job.num_steps)
+        evaluation = evaluation or self._evaluate(max(self.done, job.num_steps))
         if config.save_every and saved < job.num_steps:
             save_checkpoint(job, job.num_steps)
         return self._finish(loss, evaluation)
@@ -130,7 +132,7 @@ class _Run:
                 )
                 logits = next_token_logits(job.model, inputs)
                 loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 losses.append(float(loss.detach()))
         norm = float(job.zero.clip_grad_norm_(config.clip or float("inf")))
         lr = job.optimizer.param_groups[0]["lr"]
@@ -177,7 +179,7 @@ class _Run:
             f"step {step}: validation loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} bits per "
             f"byte (unigram entropy {job.corpus.unigram_entropy:.3f})"
         )
-        if self.log is not None:
+        if self.log is not None and step > self.done:
             self.log.write(
                 "eval",
                 step,
@@ -193,7 +195,7 @@ class _Run:
             "--resume continues"
         )
 
-    def _finish(self, loss: float, evaluation: Evaluation) -> Summary:
+    def _finish(self, loss: float | None, evaluation: Evaluation) -> Summary:
         job, config = self.job, self.job.config
         prompt = job.corpus.held_out[: min(64, config.context)].tolist()
         sampled = sample_continuation(
@@ -209,6 +211,6 @@ class _Run:
                 print(f"\nThe held-out text begins\n{start}\nand the model continues\n{text}\n")
             path = Path(config.out) / "summary.json"
             path.write_text(json.dumps(summary.as_dict(), indent=2) + "\n", encoding="utf-8")
-            print_summary(summary, Console())
+            print_summary(summary, make_console())
             print(f"metrics, TensorBoard and summary: {config.out}", flush=True)
         return summary

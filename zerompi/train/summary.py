@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 from rich.console import Console
@@ -85,7 +86,9 @@ def traffic_theory(
     return bytes_of
 
 
-def summarise(job: Job, meter: Meter, loss: float, evaluation: Evaluation, sample: str) -> Summary:
+def summarise(
+    job: Job, meter: Meter, loss: float | None, evaluation: Evaluation, sample: str
+) -> Summary:
     """Put the figures of all ranks together. Collective."""
     comm, config, corpus = job.comm, job.config, job.corpus
     memory = job.zero.report().memory
@@ -121,9 +124,9 @@ def summarise(job: Job, meter: Meter, loss: float, evaluation: Evaluation, sampl
             "tokens_per_second": rate,
         },
         result={
-            "train_loss": loss,
-            "validation_loss": evaluation.loss,
-            "validation_bits_per_byte": evaluation.bits_per_byte,
+            "train_loss": _finite(loss),
+            "validation_loss": _finite(evaluation.loss),
+            "validation_bits_per_byte": _finite(evaluation.bits_per_byte),
             "validation_windows": evaluation.num_windows,
         },
         traffic=_mean_traffic(counted),
@@ -143,6 +146,15 @@ def summarise(job: Job, meter: Meter, loss: float, evaluation: Evaluation, sampl
         },
         sample=sample,
     )
+
+
+def _finite(value: float | None) -> float | None:
+    """`value`, or None (null in JSON) for what is not finite."""
+    return value if value is not None and isfinite(value) else None
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "no" if value is None else f"{value:.{digits}f}"
 
 
 def _num_shards(job: Job) -> int:
@@ -181,9 +193,9 @@ def print_summary(summary: Summary, console: Console) -> None:
     )
     table.add_row("job", f"{run['ranks']} ranks, {run['nodes']} nodes, {run['steps']} steps")
     table.add_row("speed", f"{run['tokens_per_second']:,.0f} tokens/s, {run['seconds']:.1f} s")
-    table.add_row("training loss", f"{result['train_loss']:.4f} nats per token")
-    table.add_row("validation loss", f"{result['validation_loss']:.4f} nats per token")
-    table.add_row("validation", f"{result['validation_bits_per_byte']:.3f} bits per byte")
+    table.add_row("training loss", f"{_shown(result['train_loss'], 4)} nats per token")
+    table.add_row("validation loss", f"{_shown(result['validation_loss'], 4)} nats per token")
+    table.add_row("validation", f"{_shown(result['validation_bits_per_byte'], 3)} bits per byte")
     table.add_row("unigram entropy", f"{text['unigram_bits_per_byte']:.3f} bits per byte")
     console.print(table)
     console.print(_traffic_table(summary))
