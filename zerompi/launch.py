@@ -223,7 +223,17 @@ def report_and_abort(
 
     mark = _mark()
     lines = "".join(traceback.format_exception(kind, value, trace)).splitlines()
+    if is_out_of_memory(value):
+        lines.append(
+            "out of memory: a higher stage, more ranks, mixed_precision, smaller batches with "
+            "zero.accumulate, or torch.utils.checkpoint need less"
+        )
     sys.stdout.flush()
     sys.stderr.write("".join(f"{mark} {line}\n" for line in lines))
     sys.stderr.flush()
     MPI.COMM_WORLD.Abort(1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch could not allocate memory; torch raises a RuntimeError on the host."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -189,15 +189,37 @@ def read_model(
         buffer.detach().copy_(values.view(buffer.shape))
 
 
-def read_optimizer(reader: CheckpointReader, optimizer: Optimizer, units: Sequence[Unit]) -> None:
-    """Replace the optimizer's state and settings by those of the checkpoint, this rank's slices only.
+def check_optimizer_state(
+    reader: CheckpointReader, optimizer: Optimizer, units: Sequence[Unit]
+) -> None:
+    """Refuse a checkpoint whose param groups are not the optimizer's, before anything is overwritten.
 
     Raises:
-        ZerompiError: the checkpoint's param groups are not the optimizer's.
+        ZerompiError: other groups, or state of parameters that the model has not.
     """
+    names = {id(entry.piece): entry.name for entry in entries(units)}
+    ours = [[names[id(piece)] for piece in group["params"]] for group in optimizer.param_groups]
+    plain = reader.state.get("optimizer", {})
+    theirs = [list(group["parameters"]) for group in plain.get("param_groups", [])]
+    if ours != theirs:
+        raise ZerompiError(
+            f"the checkpoint's optimizer has {len(theirs)} param groups with "
+            f"{[len(group) for group in theirs]} parameters, this one {len(ours)} with "
+            f"{[len(group) for group in ours]}: expected the same parameters in the same groups"
+        )
+    known = set(names.values())
+    for full_name in [*reader.optimizer_specs, *plain.get("values", {})]:
+        _, _, name = full_name.partition(".")
+        if name not in known:
+            raise ZerompiError(f"the checkpoint has optimizer state for {name!r}, the model has not")
+
+
+def read_optimizer(reader: CheckpointReader, optimizer: Optimizer, units: Sequence[Unit]) -> None:
+    """Replace the optimizer's state and settings by the checkpoint's, this rank's slices only."""
     by_name = {entry.name: entry for entry in entries(units)}
     plain = reader.state.get("optimizer", {})
-    _read_groups(optimizer, plain.get("param_groups", []), by_name)
+    for group, settings in zip(optimizer.param_groups, plain["param_groups"], strict=True):
+        _read_group(group, settings)
     states: dict[Tensor, dict[str, Any]] = {}
     for full_name, spec in reader.optimizer_specs.items():
         key, _, name = full_name.partition(".")
@@ -228,28 +250,16 @@ def _own_range(entry: Entry) -> tuple[int, int]:
     return entry.segment.layout.piece(entry.position, entry.segment.shard_index).in_parameter
 
 
-def _read_groups(
-    optimizer: Optimizer, saved: Sequence[Mapping[str, Any]], by_name: Mapping[str, Entry]
-) -> None:
-    names = {id(entry.piece): name for name, entry in by_name.items()}
-    ours = [[names[id(piece)] for piece in group["params"]] for group in optimizer.param_groups]
-    theirs = [list(group["parameters"]) for group in saved]
-    if ours != theirs:
-        raise ZerompiError(
-            f"the checkpoint's optimizer has {len(theirs)} param groups with "
-            f"{[len(group) for group in theirs]} parameters, this one {len(ours)} with "
-            f"{[len(group) for group in ours]}: expected the same parameters in the same groups"
-        )
-    for group, settings in zip(optimizer.param_groups, saved, strict=True):
-        for key, value in settings.items():
-            if key == "parameters":
-                continue
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(value)
-            elif isinstance(group.get(key), tuple):
-                group[key] = tuple(value)
-            else:
-                group[key] = value
+def _read_group(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        if key == "parameters":
+            continue
+        if isinstance(group.get(key), Tensor):
+            group[key].fill_(value)
+        elif isinstance(group.get(key), tuple):
+            group[key] = tuple(value)
+        else:
+            group[key] = value
 
 
 # -- random number generators ------------------------------------------------------------------

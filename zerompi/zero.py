@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerompi import state as states
-from zerompi.checkpoint import CheckpointReader, agree_error, write_checkpoint
+from zerompi.checkpoint import CheckpointReader, agree_error, agreement, write_checkpoint
 from zerompi.errors import ZerompiError
 from zerompi.hooks import Hooks
 from zerompi.optimizer import PieceOptimizer
@@ -288,22 +288,15 @@ class Zero:
         self._agree("load")
         comm, optimizer = self._context.world.comm, self._optimizer.optimizer
         with ExitStack() as stack:
-            reader = None
-            error: Exception | None = None
-            try:
+            with agreement(comm):
                 reader = stack.enter_context(CheckpointReader(Path(path)))
                 states.check_model(reader, self._model, self._units, self._aliases)
-            except (OSError, ZerompiError) as caught:
-                error = caught
-            agree_error(comm, error)
-            assert reader is not None
-            try:
+                if optimizer is not None and reader.state:
+                    states.check_optimizer_state(reader, optimizer, self._units)
+            with agreement(comm):
                 states.read_model(reader, self._model, self._units, self._aliases)
                 if optimizer is not None and reader.state:
                     states.read_optimizer(reader, optimizer, self._units)
-            except (OSError, ZerompiError) as caught:
-                error = caught
-            agree_error(comm, error)
             saved = dict(reader.state)
         for unit in self._units:
             for segment in unit.segments:

@@ -1,0 +1,195 @@
+"""A checkpoint carries on bit for bit at the same size, and at any size and stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import CASES, build, own_slice
+from safetensors.torch import load_file, save_file
+
+import zerompi
+
+STAGES = [0, 1, 2, 3]
+BFLOAT16 = zerompi.MixedPrecision(torch.bfloat16)
+FLOAT16 = zerompi.MixedPrecision(torch.float16)
+
+
+@pytest.fixture
+def shared(comm, tmp_path) -> Path:
+    """Rank 0's temporary directory, on all ranks."""
+    return comm.bcast(tmp_path)
+
+
+def steps(comm, case, model, optimizer, numbers):
+    losses = []
+    for step in numbers:
+        x, y = own_slice(case.batch(step), comm.rank, comm.size)
+        noise = torch.rand(())  # of a generator that the checkpoint restores
+        loss = case.loss(model(x), y) * (1 + 0.01 * noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "two_groups", "sgd"])
+@pytest.mark.parametrize("precision", [None, BFLOAT16, FLOAT16], ids=["float32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_continues_bit_for_bit(comm, shared, stage, precision, optimizer_name):
+    case = CASES["tied"]
+    options = {"stage": stage, "comm": comm, "mixed_precision": precision}
+    torch.manual_seed(50 + comm.rank)
+    model, optimizer = build(case, optimizer_name)
+    with zerompi.partition(model, optimizer, **options) as zero:
+        steps(comm, case, model, optimizer, range(3))
+        zero.save(shared / "step-3", extra={"step": 3})
+        expected = steps(comm, case, model, optimizer, range(3, 6))
+        expected_state = zero.full_state_dict()
+    model, optimizer = build(case, optimizer_name, seed=99)
+    with zerompi.partition(model, optimizer, **options) as zero:
+        assert zero.load(shared / "step-3") == {"step": 3}
+        assert steps(comm, case, model, optimizer, range(3, 6)) == expected
+        state = zero.full_state_dict()
+        assert all(torch.equal(state[key], expected_state[key]) for key in state)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("written_at", STAGES)
+def test_any_stage_loads_what_any_stage_wrote(comm, shared, written_at, stage):
+    case = CASES["gpt"]
+    model, optimizer = build(case)
+    with zerompi.partition(model, optimizer, stage=written_at, comm=comm) as zero:
+        steps(comm, case, model, optimizer, range(2))
+        zero.save(shared / "a")
+    model, optimizer = build(case, seed=99)
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm) as zero:
+        zero.load(shared / "a")
+        zero.save(shared / "b")
+    if comm.rank == 0:
+        for name in ("model", "optimizer"):
+            first, second = (load_file(shared / d / f"{name}.safetensors") for d in "ab")
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_another_number_of_ranks_loads_it(comm, shared, stage):
+    """Written by all ranks, read by one, written again: the same bytes."""
+    case = CASES["mlp"]
+    model, optimizer = build(case)
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm) as zero:
+        steps(comm, case, model, optimizer, range(2))
+        zero.save(shared / "a")
+    alone = comm.Split(comm.rank, 0)
+    if comm.rank == comm.size - 1:
+        model, optimizer = build(case, seed=99)
+        with zerompi.partition(model, optimizer, stage=3, comm=alone) as zero:
+            zero.load(shared / "a")
+            zero.save(shared / "b")
+    alone.Free()
+    comm.Barrier()
+    for name in ("model", "optimizer"):
+        first, second = (load_file(shared / d / f"{name}.safetensors") for d in "ab")
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        assert first.keys() == second.keys()
+
+
+@pytest.mark.parametrize("shard_ranks", [2, 1])
+def test_several_copies_write_each_element_once(comm, shared, shard_ranks):
+    if comm.size % shard_ranks:
+        pytest.skip(f"needs a multiple of {shard_ranks} ranks")
+    case = CASES["mlp"]
+    model, optimizer = build(case)
+    with zerompi.partition(model, optimizer, comm=comm, shard_ranks=shard_ranks) as zero:
+        steps(comm, case, model, optimizer, range(2))
+        state = zero.full_state_dict()
+        zero.save(shared / "a")
+        zero.load(shared / "a")
+    saved = load_file(shared / "a" / "model.safetensors")
+    assert all(torch.equal(saved[key], state[key]) for key in saved)
+
+
+def test_files_have_the_names_that_other_tools_expect(comm, shared):
+    case = CASES["tied"]
+    model, optimizer = build(case)
+    names = {name for name, _ in model.named_parameters()}
+    with zerompi.partition(model, optimizer, comm=comm) as zero:
+        steps(comm, case, model, optimizer, range(1))
+        zero.save(shared / "a", extra={"note": "x"})
+    assert set(load_file(shared / "a" / "model.safetensors")) == names
+    optimizer_names = set(load_file(shared / "a" / "optimizer.safetensors"))
+    assert optimizer_names == {f"{k}.{n}" for k in ("exp_avg", "exp_avg_sq", "step") for n in names}
+    state = json.loads((shared / "a" / "state.json").read_text())
+    assert state["extra"] == {"note": "x"}
+    assert state["optimizer"]["param_groups"][0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_meta_model_loads_a_plain_directory_of_weights(comm, shared, stage):
+    """As Hugging Face writes it: safetensors, other dtypes, no state."""
+    case = CASES["cnn"]
+    reference, _ = build(case)
+    if comm.rank == 0:
+        (shared / "hf").mkdir()
+        save_file(reference.state_dict(), shared / "hf" / "model.safetensors")
+    comm.Barrier()
+    with torch.device("meta"):
+        model = case.make()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm) as zero:
+        assert zero.load(shared / "hf") == {}
+        state = zero.full_state_dict()
+        assert all(torch.equal(state[k], v) for k, v in reference.state_dict().items())
+        x, _ = case.batch(0)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), reference(x))
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(comm, shared):
+    model, optimizer = build(CASES["mlp"])
+    with zerompi.partition(model, optimizer, comm=comm) as zero:
+        zero.save(shared / "mlp")
+    model, optimizer = build(CASES["gpt"])
+    with zerompi.partition(model, optimizer, comm=comm) as zero:
+        before = zero.full_state_dict()
+        with pytest.raises(zerompi.ZerompiError, match="not of this model.*missing: "):
+            zero.load(shared / "mlp")
+        after = zero.full_state_dict()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_other_param_groups_are_refused(comm, shared):
+    case = CASES["gpt"]
+    model, optimizer = build(case, "two_groups")
+    with zerompi.partition(model, optimizer, comm=comm) as zero:
+        zero.save(shared / "a")
+    model, optimizer = build(case, "adamw", seed=99)
+    with zerompi.partition(model, optimizer, comm=comm) as zero:
+        before = zero.full_state_dict()
+        with pytest.raises(zerompi.ZerompiError, match="has 2 param groups"):
+            zero.load(shared / "a")
+        after = zero.full_state_dict()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_missing_checkpoint_is_an_error_on_all_ranks(comm, shared):
+    model, optimizer = build(CASES["mlp"])
+    with (
+        zerompi.partition(model, optimizer, comm=comm) as zero,
+        pytest.raises(zerompi.ZerompiError, match="nowhere"),
+    ):
+        zero.load(shared / "nowhere")
+    zero.close()
+
+
+def test_extra_that_is_not_json_is_refused_on_all_ranks(comm, shared):
+    model, optimizer = build(CASES["mlp"])
+    with zerompi.partition(model, optimizer, comm=comm) as zero:
+        extra = {"model": model} if comm.rank == 0 else {}
+        with pytest.raises((TypeError, zerompi.ZerompiError), match="JSON"):
+            zero.save(shared / "a", extra=extra)
+        assert not (shared / "a").exists()
