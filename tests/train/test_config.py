@@ -64,7 +64,7 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, content: bytes) -> N
         ("lr", 0.0, "--lr: expected a positive number, got 0.0"),
         ("lr", float("nan"), "--lr: expected a positive number, got nan"),
         ("clip", float("inf"), "--clip: expected 0 or more, got inf"),
-        ("heads", 7, "--heads: expected a divisor of --width 192, got 7"),
+        ("heads", 7, "--heads: expected a divisor of --width / 2 = 96, got 7"),
         ("shard_ranks", "half", "--shard-ranks: expected world, node or a number, got half"),
         ("progress", "dots", "--progress: expected auto or bar or lines or none, got dots"),
     ],

@@ -18,7 +18,7 @@ CONTEXT = 16
 
 def _model() -> GPT:
     torch.manual_seed(1)
-    return GPT(GPTConfig(layers=2, width=32, heads=2, context=CONTEXT))
+    return GPT(GPTConfig(layers=2, width=32, heads=2))
 
 
 @pytest.mark.parametrize(("num_windows", "rows"), [(7, 2), (1, 3), (12, 1), (10**6, 64)])

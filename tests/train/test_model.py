@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zerompi.train.model import GPT, GPTConfig, make_gpt
+from zerompi.train.model import GPT, GPTConfig, Rotation, make_gpt
 
 
 def _gpt(*, checkpoint_activations: bool = False) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(3, 32, 4, 16, checkpoint_activations=checkpoint_activations))
+    return GPT(GPTConfig(3, 32, 4, checkpoint_activations=checkpoint_activations))
 
 
 def test_a_token_sees_only_what_came_before() -> None:
@@ -20,6 +20,16 @@ def test_a_token_sees_only_what_came_before() -> None:
     assert before.shape == (2, 16, 256)
     assert before[:, :9].equal(after[:, :9])
     assert not before[:, 9].equal(after[:, 9])
+
+
+def test_attention_depends_on_the_distance_of_positions_only() -> None:
+    rotation = Rotation.of_positions(12, 8)
+    query, key = torch.randn(8), torch.randn(8)
+    scores = rotation.apply(query.expand(12, 8)) @ rotation.apply(key.expand(12, 8)).T
+    for distance in (0, 3, -5):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[0].expand_as(diagonal))
+    assert scores[0, 0] != scores[0, 3]
 
 
 def test_checkpointed_activations_give_the_same_gradients() -> None:
@@ -38,5 +48,5 @@ def test_the_untrained_model_knows_nothing() -> None:
 
 
 def test_the_model_is_made_without_memory() -> None:
-    config = GPTConfig(layers=48, width=8192, heads=64, context=2048)
+    config = GPTConfig(layers=48, width=8192, heads=64)
     assert all(parameter.is_meta for parameter in make_gpt(config).parameters())

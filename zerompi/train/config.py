@@ -16,7 +16,7 @@ _toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 DTYPES = ("float32", "bfloat16", "float16")
 PROGRESS = ("auto", "bar", "lines", "none")
-DEFAULT_STEPS = 600
+DEFAULT_STEPS = 500
 _LR_FROM_SCRATCH = 3e-3
 _LR_FINE_TUNING = 5e-5
 
@@ -122,9 +122,8 @@ class TrainConfig:
             "steps", self.steps is None or self.epochs is None, "--steps or --epochs, not both"
         )
         if self.model is None:
-            self._require(
-                "heads", self.width % self.heads == 0, f"a divisor of --width {self.width}"
-            )
+            half = self.width / 2
+            self._require("heads", half % self.heads == 0, f"a divisor of --width / 2 = {half:g}")
         known = self.shard_ranks in ("world", "node") or self.shard_ranks.isdigit()
         self._require("shard_ranks", known, "world, node or a number")
 

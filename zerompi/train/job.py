@@ -104,7 +104,6 @@ def _make_model(config: TrainConfig) -> tuple[nn.Module, Codec]:
         layers=config.layers,
         width=config.width,
         heads=config.heads,
-        context=config.context,
         checkpoint_activations=config.checkpoint_activations,
     )
     return make_gpt(sizes), ByteCodec()

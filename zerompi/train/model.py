@@ -1,8 +1,9 @@
-"""A byte-level GPT: pre-norm blocks, causal attention, learned positions."""
+"""A byte-level GPT: pre-norm blocks, causal attention, rotary positions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,6 @@ class GPTConfig:
     layers: int
     width: int
     heads: int
-    context: int
     checkpoint_activations: bool = False
 
 
@@ -43,6 +43,26 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
+class Rotation(NamedTuple):
+    """Cosine and sine of each position's angles; each (time, head width / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of_positions(cls, time: int, head_width: int) -> Rotation:
+        """The angles of positions 0 to `time` (Su et al., arXiv:2104.09864, section 3.2.2)."""
+        frequency = 10_000.0 ** (-torch.arange(0, head_width, 2) / head_width)
+        angle = torch.outer(torch.arange(time), frequency)
+        return cls(angle.cos(), angle.sin())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Rotate `x`, (..., time, head width)."""
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
 class Block(nn.Module):
     """Attention and a feed-forward network, each on the normalised residual stream."""
 
@@ -60,16 +80,17 @@ class Block(nn.Module):
         self.up = Linear(width, 4 * width, 0.02)
         self.down = Linear(4 * width, width, residual_std)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         """(batch, time, width) -> the same."""
-        x = x + self._attend(self.attention_norm(x))
+        x = x + self._attend(self.attention_norm(x), rotation)
         hidden: Tensor = self.down(F.gelu(self.up(self.feed_forward_norm(x))))
         return x + hidden
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, rotation: Rotation) -> Tensor:
         batch, time, width = x.shape
         split = self.query_key_value(x).view(batch, time, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
+        query, key = rotation.apply(query), rotation.apply(key)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         out: Tensor = self.attention_out(mixed.transpose(1, 2).reshape(batch, time, width))
         return out
@@ -81,20 +102,21 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.checkpoint_activations = config.checkpoint_activations
+        self.head_width = config.width // config.heads
         self.embedding = Embedding(VOCABULARY, config.width)
-        self.position = Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = Linear(config.width, VOCABULARY, 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the byte after each of `tokens`; at most `context` of them."""
-        x = self.embedding(tokens) + self.position(torch.arange(tokens.shape[1]))
+        """Logits of the byte after each of `tokens`."""
+        rotation = Rotation.of_positions(tokens.shape[1], self.head_width)
+        x = self.embedding(tokens)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, rotation)
         logits: Tensor = self.head(self.norm(x))
         return logits
 
