@@ -2,13 +2,14 @@
 # Train on several nodes under PBS (OpenPBS, PBS Professional).
 #
 #   qsub jobscripts/pbs.sh
-#   qsub -l select=8:ncpus=64:mpiprocs=4 -v OUT=run-7,STEPS=5000,OPTIONS="--stage 3 --dtype bfloat16" jobscripts/pbs.sh
+#   qsub -l select=8:ncpus=64:mpiprocs=4 \
+#       -v OUT=run-7,STEPS=5000,OPTIONS="--stage 3 --dtype bfloat16" jobscripts/pbs.sh
 #
-# PBS gives a job no arguments: what `zerompi train` gets beside the settings below stands in OPTIONS.
-# Options of qsub on the command line win over the lines below.
+# PBS gives a job no arguments: what `zerompi train` gets beside the settings below stands in
+# OPTIONS. Options of qsub on the command line win over the lines below.
 #
-# A job that is stopped before its end (qsig -s USR1, or SIGTERM when the time is over) saves a checkpoint; the
-# same qsub again goes on from there.
+# A job that is stopped before its end (qsig -s USR1, or SIGTERM when the time is over) saves a
+# checkpoint; the same qsub again goes on from there.
 
 #PBS -N zerompi
 #PBS -l select=2:ncpus=16:mpiprocs=4
@@ -33,7 +34,7 @@ VENV=${VENV:-}                    # virtual environment with zerompi; empty: wha
 MODULES=${MODULES:-}              # modules to load, for instance "mpich cray-python"
 MPIEXEC=${MPIEXEC:-mpiexec}       # the launcher of the MPI library that mpi4py uses
 MPIEXEC_OPTIONS=${MPIEXEC_OPTIONS:-}    # more options for it
-CPU_BIND=${CPU_BIND:-core}        # binding of each rank to cores of its own; "none" to let them float
+CPU_BIND=${CPU_BIND:-core}        # binding of each rank to its own cores; none: no binding
 
 # -- environment ---------------------------------------------------------------------------------
 
@@ -50,7 +51,8 @@ ranks=$(wc -l < "$PBS_NODEFILE")
 nodes=$(sort -u "$PBS_NODEFILE" | wc -l)
 ranks_per_node=$((ranks / nodes))
 
-# Threads of each rank: its cores. PBS sets NCPUS (and OMP_NUM_THREADS) to the cores of the node's chunk.
+# Threads of each rank: its cores. PBS sets NCPUS (and OMP_NUM_THREADS) to the cores of the node's
+# chunk.
 cpus_per_rank=$((${NCPUS:-$ranks_per_node} / ranks_per_node))
 if [ "$cpus_per_rank" -lt 1 ]; then
     cpus_per_rank=1

@@ -1,15 +1,15 @@
 #!/bin/bash
-# Train on several nodes under Slurm, with the mpiexec (mpirun) of the MPI library as the launcher: where
-# srun has no plugin for that library.
+# Train on several nodes under Slurm, with the mpiexec (mpirun) of the MPI library as the launcher:
+# where srun has no plugin for that library.
 #
 #   sbatch jobscripts/slurm-mpirun.sh
 #   OUT=run-7 STEPS=5000 sbatch --nodes=8 jobscripts/slurm-mpirun.sh --stage 3 --dtype bfloat16
 #
-# Arguments after the script's name go to `zerompi train`. Options of sbatch on the command line win over
-# the lines below. Every setting of the next section can be given in the environment.
+# Arguments after the script's name go to `zerompi train`. Options of sbatch on the command line win
+# over the lines below. Every setting of the next section can be given in the environment.
 #
-# Before the time is over, and when the job is pre-empted, Slurm sends SIGUSR1 (SIGTERM): the job saves a
-# checkpoint, is queued again, and goes on from there.
+# Before the time is over, and when the job is pre-empted, Slurm sends SIGUSR1 (SIGTERM): the job
+# saves a checkpoint, is queued again, and goes on from there.
 
 #SBATCH --job-name=zerompi
 #SBATCH --nodes=2
@@ -34,7 +34,7 @@ VENV=${VENV:-}                    # virtual environment with zerompi; empty: wha
 MODULES=${MODULES:-}              # modules to load, for instance "mpich cray-python"
 MPIEXEC=${MPIEXEC:-mpiexec}       # the launcher of the MPI library that mpi4py uses
 MPIEXEC_OPTIONS=${MPIEXEC_OPTIONS:-}    # more options for it
-CPU_BIND=${CPU_BIND:-core}        # binding of each rank to cores of its own; "none" to let them float
+CPU_BIND=${CPU_BIND:-core}        # binding of each rank to its own cores; none: no binding
 REQUEUE=${REQUEUE:-1}             # 1: queue the job again when it was stopped before its end
 
 # -- environment ---------------------------------------------------------------------------------

@@ -4,11 +4,11 @@
 #   sbatch jobscripts/slurm-srun.sh
 #   OUT=run-7 STEPS=5000 sbatch --nodes=8 jobscripts/slurm-srun.sh --stage 3 --dtype bfloat16
 #
-# Arguments after the script's name go to `zerompi train`. Options of sbatch on the command line win over
-# the lines below. Every setting of the next section can be given in the environment.
+# Arguments after the script's name go to `zerompi train`. Options of sbatch on the command line win
+# over the lines below. Every setting of the next section can be given in the environment.
 #
-# Before the time is over, and when the job is pre-empted, Slurm sends SIGUSR1 (SIGTERM): the job saves a
-# checkpoint, is queued again, and goes on from there.
+# Before the time is over, and when the job is pre-empted, Slurm sends SIGUSR1 (SIGTERM): the job
+# saves a checkpoint, is queued again, and goes on from there.
 
 #SBATCH --job-name=zerompi
 #SBATCH --nodes=2
@@ -34,7 +34,7 @@ MODULES=${MODULES:-}              # modules to load, for instance "mpich cray-py
 # How srun and the MPI library find each other: pmi2 for MPICH and Intel MPI, pmix for Open MPI;
 # `srun --mpi=list` shows what there is.
 MPI_PLUGIN=${MPI_PLUGIN:-pmi2}
-CPU_BIND=${CPU_BIND:-cores}       # binding of each rank to cores of its own; "none" to let them float
+CPU_BIND=${CPU_BIND:-cores}       # binding of each rank to its own cores; none: no binding
 REQUEUE=${REQUEUE:-1}             # 1: queue the job again when it was stopped before its end
 
 # -- environment ---------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def comm() -> Iterator[MPI.Intracomm]:
 
 @pytest.fixture
 def run_mpi() -> Callable[..., MPIRun]:
-    """`run_mpi(ranks, arguments)` starts a job of its own; only where pytest itself is one process."""
+    """`run_mpi(ranks, arguments)` starts a job of its own; skips if pytest has several ranks."""
     if MPI.COMM_WORLD.size > 1:
         pytest.skip("starts jobs of its own: run pytest with one rank")
     return MPIRun.run

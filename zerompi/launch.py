@@ -62,8 +62,8 @@ def check_world(world_size: int) -> None:
     raise ZerompiError(
         f"{name} started {size} processes, but this one's COMM_WORLD has 1 rank: the launcher and "
         "the MPI library that mpi4py uses do not fit together. Start the job with the mpiexec of "
-        "that library (`python -m mpi4py --mpi-lib-version` names it), or choose the matching plugin of "
-        "srun (--mpi=pmi2 for MPICH and Intel MPI, --mpi=pmix for Open MPI)"
+        "that library (`python -m mpi4py --mpi-lib-version` names it), or choose the matching "
+        "plugin of srun (--mpi=pmi2 for MPICH and Intel MPI, --mpi=pmix for Open MPI)"
     )
 
 
@@ -133,7 +133,7 @@ def abort_on_exception() -> None:
     """End the whole job when this process, or a thread, ends with an exception or a failed exit.
 
     Without it the other ranks would wait for this one for ever. The traceback is printed first,
-    each line marked with the rank. Nothing changes in a job of one rank, or in a child made by fork.
+    each line marked with the rank. Nothing changes in a job of one rank, or in a forked child.
     """
     if sys.exit is not _exit:
         sys.excepthook = partial(_excepthook, sys.excepthook)

@@ -31,9 +31,10 @@ class _Outcome(NamedTuple):
 class RankAgreement:
     """Plugin of a run with several ranks.
 
-    A phase of a test (setup, call, teardown) that fails on one rank fails on all; a skip on some ranks
-    only is a failure, since the others would wait in vain. Rank 0 alone writes to the terminal, and shows
-    every rank's failure. A test that hangs ends the job with the stacks of all threads of all ranks.
+    A phase of a test (setup, call, teardown) that fails on one rank fails on all; a skip on some
+    ranks only is a failure, since the others would wait in vain. Rank 0 alone writes to the
+    terminal, and shows every rank's failure. A test that hangs ends the job with the stacks of all
+    threads of all ranks.
     """
 
     def __init__(self, config: pytest.Config) -> None:
