@@ -11,17 +11,18 @@ from zerompi.api import partition  # noqa: E402
 from zerompi.errors import MismatchError, ZerompiError  # noqa: E402
 from zerompi.precision import MixedPrecision  # noqa: E402
 from zerompi.topology import Topology  # noqa: E402
+from zerompi.version import __version__  # noqa: E402
 from zerompi.zero import Zero  # noqa: E402
 
 _launch.abort_on_exception()
 
-__version__ = "0.1.0"
 __all__ = [
     "MismatchError",
     "MixedPrecision",
     "Topology",
     "Zero",
     "ZerompiError",
+    "__version__",
     "autograd",
     "collectives",
     "partition",

@@ -13,6 +13,7 @@ import torch
 
 from zerompi.checkpoint.errors import CheckpointError
 from zerompi.checkpoint.strict_json import parse_json
+from zerompi.version import __version__
 
 STATE_NAME = "state.json"
 FORMAT_VERSION = 1
@@ -26,13 +27,10 @@ def state_text(
     state: Mapping[str, Any], num_ranks: int, checksums: Mapping[str, Mapping[str, Any]]
 ) -> str:
     """The text of `state.json`; `checksums` is by file name."""
-    # Not at the top: the package is being imported while this module is.
-    import zerompi
-
     content = {
         **state,
         "format_version": FORMAT_VERSION,
-        "versions": {"zerompi": zerompi.__version__, "torch": torch.__version__},
+        "versions": {"zerompi": __version__, "torch": torch.__version__},
         "ranks": num_ranks,
         "checksums": checksums,
     }
