@@ -31,7 +31,7 @@ def run_suite(run_mpi, tmp_path):
         path = f"{ROOT}:{ROOT / 'tests'}"
         return run_mpi(
             ranks,
-            [*program, "-p", "no:cacheprovider", tmp_path],
+            [*program, "--color=no", "-p", "no:cacheprovider", tmp_path],
             cwd=tmp_path,
             timeout=150,
             env={"PYTHONPATH": path},
