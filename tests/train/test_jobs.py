@@ -41,6 +41,7 @@ def test_a_job_trains_and_writes_what_it_measured(train: Train, changes: dict[st
     assert run.job.stdout.count("steps of 128 tokens") == 1
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_number_of_ranks(train: Train) -> None:
     one, *others = (train(ranks, f"out-{ranks}").losses for ranks in (1, 2, 4))
     for losses in others:
@@ -48,6 +49,7 @@ def test_losses_do_not_depend_on_the_number_of_ranks(train: Train) -> None:
         assert [key[2] for key in losses] == pytest.approx([key[2] for key in one], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_job_repeats_the_losses_bit_for_bit(train: Train) -> None:
     whole = train(2, "whole")
     parts = train(2, "parts", save_every=2)
@@ -66,6 +68,7 @@ def test_a_resumed_job_repeats_the_losses_bit_for_bit(train: Train) -> None:
     assert finished.losses == whole.losses
 
 
+@pytest.mark.slow
 def test_a_job_resumed_at_another_rank_count_goes_on_alike(train: Train) -> None:
     whole = train(1, "whole")
     step = train(4, "parts", save_every=4).out / "checkpoints" / "step-4"
