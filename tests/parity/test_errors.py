@@ -10,13 +10,6 @@ import zerompi
 from models import CASES, build, own_slice
 
 
-@pytest.fixture
-def several(comm):
-    if comm.size == 1:
-        pytest.skip("needs several ranks")
-    return comm
-
-
 def last(comm) -> bool:
     return comm.rank == comm.size - 1
 
@@ -186,63 +179,70 @@ def test_state_of_an_optimizer_that_has_stepped_before_is_kept(comm):
 # -- ranks that disagree -----------------------------------------------------------------------
 
 
-def test_ranks_with_different_shapes_get_an_error_that_names_both(several):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5 if last(several) else 6))
+@pytest.mark.mpi(min_size=2)
+def test_ranks_with_different_shapes_get_an_error_that_names_both(comm):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5 if last(comm) else 6))
     with pytest.raises(zerompi.MismatchError) as error:
-        zerompi.partition(model, comm=several)
-    rank = several.size - 1
+        zerompi.partition(model, comm=comm)
+    rank = comm.size - 1
     assert "rank 0 has parameter 1.weight: torch.float32, shape (6, 4)" in str(error.value)
     assert f"rank {rank} has parameter 1.weight: torch.float32, shape (5, 4)" in str(error.value)
 
 
-def test_ranks_with_different_dtypes_get_an_error_that_names_both(several):
-    model = nn.Linear(4, 4, dtype=torch.float64 if last(several) else torch.float32)
+@pytest.mark.mpi(min_size=2)
+def test_ranks_with_different_dtypes_get_an_error_that_names_both(comm):
+    model = nn.Linear(4, 4, dtype=torch.float64 if last(comm) else torch.float32)
     with pytest.raises(
         zerompi.MismatchError, match=r"weight: torch.float32.*weight: torch.float64"
     ):
-        zerompi.partition(model, comm=several)
+        zerompi.partition(model, comm=comm)
 
 
-def test_ranks_with_different_order_get_an_error_that_names_both(several):
+@pytest.mark.mpi(min_size=2)
+def test_ranks_with_different_order_get_an_error_that_names_both(comm):
     names = ["a", "b"]
-    if last(several):
+    if last(comm):
         names.reverse()
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
     with pytest.raises(zerompi.MismatchError, match=r"rank 0 has .*a.*; rank \d has .*b"):
-        zerompi.partition(model, comm=several)
+        zerompi.partition(model, comm=comm)
 
 
-def test_ranks_with_different_models_get_an_error(several):
-    model = nn.Linear(2, 2) if last(several) else nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+@pytest.mark.mpi(min_size=2)
+def test_ranks_with_different_models_get_an_error(comm):
+    model = nn.Linear(2, 2) if last(comm) else nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(zerompi.MismatchError, match="rank 0 has"):
-        zerompi.partition(model, comm=several)
+        zerompi.partition(model, comm=comm)
 
 
-def test_ranks_with_different_stages_get_an_error(several):
+@pytest.mark.mpi(min_size=2)
+def test_ranks_with_different_stages_get_an_error(comm):
     with pytest.raises(zerompi.MismatchError, match=r"rank 0 has stage 2.*has stage 3"):
-        zerompi.partition(nn.Linear(2, 2), stage=3 if last(several) else 2, comm=several)
+        zerompi.partition(nn.Linear(2, 2), stage=3 if last(comm) else 2, comm=comm)
 
 
-def test_an_argument_that_is_wrong_on_one_rank_is_refused_on_all(several):
-    stage = 7 if last(several) else 3
+@pytest.mark.mpi(min_size=2)
+def test_an_argument_that_is_wrong_on_one_rank_is_refused_on_all(comm):
+    stage = 7 if last(comm) else 3
     with pytest.raises((ValueError, zerompi.MismatchError), match="stage: expected") as error:
-        zerompi.partition(nn.Linear(2, 2), stage=stage, comm=several)
-    assert isinstance(error.value, ValueError) == last(several)
+        zerompi.partition(nn.Linear(2, 2), stage=stage, comm=comm)
+    assert isinstance(error.value, ValueError) == last(comm)
 
 
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_ranks_out_of_step_get_an_error_instead_of_a_hang(several, stage):
+def test_ranks_out_of_step_get_an_error_instead_of_a_hang(comm, stage):
     """One rank clips while the others step, or stops early."""
     case = CASES["gpt"]
     model, optimizer = build(case)
-    zero = zerompi.partition(model, optimizer, stage=stage, comm=several)
-    x, y = own_slice(case.batch(0), several.rank, several.size)
+    zero = zerompi.partition(model, optimizer, stage=stage, comm=comm)
+    x, y = own_slice(case.batch(0), comm.rank, comm.size)
     with pytest.raises(zerompi.MismatchError, match="ranks disagree on what comes next"):
-        if last(several):
+        if last(comm):
             zero.full_state_dict()
         loss = case.loss(model(x), y)
         loss.backward()
-        if last(several):
+        if last(comm):
             zero.clip_grad_norm_(1.0)
         optimizer.step()
         optimizer.zero_grad()

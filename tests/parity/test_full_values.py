@@ -188,10 +188,9 @@ def test_meta_model_is_initialised_by_reset_parameters(comm, stage, precision):
     assert all(torch.equal(value, everywhere[0]) for value in everywhere)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_meta_model_never_holds_more_than_a_unit(comm):
     """The peak of live tensor bytes during partition stays near shard + one unit."""
-    if comm.size == 1:
-        pytest.skip("one rank holds everything")
     with torch.device("meta"):
         model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(16)])
     unit_nbytes = 4 * (256 * 256 + 256)
@@ -201,9 +200,8 @@ def test_meta_model_never_holds_more_than_a_unit(comm):
         assert memory.peak["buffers"] <= 2 * unit_nbytes
 
 
+@pytest.mark.mpi(min_size=2)
 def test_ranks_with_different_devices_get_an_error(comm):
-    if comm.size == 1:
-        pytest.skip("needs several ranks")
     with torch.device("meta" if comm.rank else "cpu"):
         model = GPT()
     with pytest.raises(zerompi.MismatchError, match="rank 0 has .*on cpu.*rank 1 has .*on meta"):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CASES, build, own_slice
 from safetensors.torch import load_file, save_file
 
 import zerompi
+from models import CASES, build, own_slice
 
 STAGES = [0, 1, 2, 3]
 BFLOAT16 = zerompi.MixedPrecision(torch.bfloat16)
