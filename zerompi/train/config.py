@@ -16,7 +16,7 @@ _toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 DTYPES = ("float32", "bfloat16", "float16")
 PROGRESS = ("auto", "bar", "lines", "none")
-DEFAULT_STEPS = 500
+DEFAULT_STEPS = 360
 _LR_FROM_SCRATCH = 3e-3
 _LR_FINE_TUNING = 5e-5
 
@@ -43,7 +43,7 @@ class TrainConfig:
     seed: int = _option(0, _DATA, "Seed of initial values, data order and sampling.")
     context: int = _option(128, _DATA, "Tokens of one sequence.")
     batch: int = _option(
-        16, _DATA, "Sequences of one step, of all ranks together: a multiple of ranks x accumulate."
+        24, _DATA, "Sequences of one step, of all ranks together: a multiple of ranks x accumulate."
     )
 
     model: str | None = _option(
