@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import zerompi  # noqa: E402
+import zerompi
 
 project = "zerompi"
 author = "the zerompi contributors"

@@ -13,7 +13,9 @@ from torch import nn
 import zerompi
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1))
+model = nn.Sequential(
+    nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1)
+)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 zero = zerompi.partition(model, optimizer, stage=3)  # 1
 

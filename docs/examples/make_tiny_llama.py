@@ -1,6 +1,8 @@
 """Write a small Hugging Face model directory with random weights, to try fine-tuning on.
 
     python make_tiny_llama.py tiny-llama
+
+It has no tokenizer: `zerompi train` takes bytes as tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 torch.manual_seed(0)
 config = LlamaConfig(
-    vocab_size=256,  # no tokenizer: zerompi train takes bytes as tokens
+    vocab_size=256,
     hidden_size=64,
     intermediate_size=128,
     num_hidden_layers=4,

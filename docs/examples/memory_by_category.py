@@ -2,8 +2,8 @@
 
     mpiexec -n 4 python memory_by_category.py
 
-Trains 50 million parameters in bfloat16 with Adam for two steps at each stage. "process" is what the
-operating system says the ranks together have grown by, shared pages counted once (PSS).
+Trains 50 million parameters in bfloat16 with Adam for two steps at each stage. "process" is what
+the operating system says the ranks together have grown by, shared pages counted once (PSS).
 """
 
 from __future__ import annotations

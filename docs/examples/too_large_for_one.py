@@ -4,8 +4,8 @@
     mpiexec -n 4 python too_large_for_one.py --stage 3    # trains
 
 Each rank may take 256 MB beyond what it has after its imports (RLIMIT_AS, set by itself). 25 million
-parameters in float32 with Adam need 16 bytes each: 403 MB where every rank holds everything, 101 MB
-and the buffers of a unit where four ranks share it.
+parameters in float32 with Adam need 16 bytes each: 403 MB where every rank holds everything, 101
+MB and the buffers of a unit where four ranks share it.
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ def main() -> None:
     for stage in range(4):
         sent = count(stage, comm)
         if comm.rank == 0:
-            parts = " + ".join(f"{label} {sent[label] / unit:.3f}" for label in LABELS if sent[label])
+            parts = " + ".join(
+                f"{label} {sent[label] / unit:.3f}" for label in LABELS if sent[label]
+            )
             print(f"stage {stage}: {sum(sent.values()) / unit:.3f} = {parts}", flush=True)
 
 
