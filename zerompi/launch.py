@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -147,7 +148,7 @@ def _excepthook(
     value: BaseException,
     trace: TracebackType | None,
 ) -> None:
-    if _is_alone():
+    if is_alone():
         before(kind, value, trace)
     else:
         report_and_abort(kind, value, trace)
@@ -156,7 +157,7 @@ def _excepthook(
 def _thread_excepthook(
     before: Callable[[threading.ExceptHookArgs], object], args: threading.ExceptHookArgs
 ) -> None:
-    if args.exc_value is None or isinstance(args.exc_value, SystemExit) or _is_alone():
+    if args.exc_value is None or isinstance(args.exc_value, SystemExit) or is_alone():
         before(args)
     else:
         report_and_abort(args.exc_type, args.exc_value, args.exc_traceback)
@@ -187,7 +188,7 @@ def _exit(status: object = None, /) -> NoReturn:
 def _abort_if_failed(code: object) -> None:
     """End the job if `code`, an argument of `sys.exit`, is a failure."""
     status = 0 if code is None else code & 0xFF if isinstance(code, int) else 1
-    if status == 0 or _is_alone():
+    if status == 0 or is_alone():
         return
     from mpi4py import MPI
 
@@ -199,7 +200,7 @@ def _abort_if_failed(code: object) -> None:
     MPI.COMM_WORLD.Abort(status)
 
 
-def _is_alone() -> bool:
+def is_alone() -> bool:
     """Whether no other rank can wait for this process."""
     from mpi4py import MPI
 
@@ -234,6 +235,21 @@ def report_and_abort(
     MPI.COMM_WORLD.Abort(1)
 
 
+# What torch, the C++ library and the start of a thread say; on the host none has a class of its own.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "std::bad_alloc",
+    "can't start new thread",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python or torch could not allocate memory; torch raises a RuntimeError on the host."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    """Whether `error` says that there was no memory left, on the host or on a device."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one
+        return any(phrase in str(error).lower() for phrase in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)

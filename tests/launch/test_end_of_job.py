@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from pathlib import Path
 
 import pytest
+
+from zerompi.launch import is_out_of_memory
 
 PROGRAM = Path(__file__).with_name("rank_fails.py")
 MARK = r"\[rank 2 of 3 on \S+\] "
@@ -106,3 +109,21 @@ def test_child_made_by_fork_is_no_rank(run_mpi):
     job = run_mpi(2, ["-c", program], timeout=60)
     assert job.returncode == 0, job.output
     assert job.output.count("alive") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOENT, "out of memory.txt"), False),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 1 bytes"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("can't start new thread"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("expected less than what is out of memory"), False),
+    ],
+)
+def test_lack_of_memory_is_known_by_class_number_or_text(error, expected):
+    assert is_out_of_memory(error) is expected

@@ -13,6 +13,7 @@ from typing import Any, Optional
 import typer
 from mpi4py import MPI
 
+from zerompi.launch import is_out_of_memory
 from zerompi.train.config import TrainConfig, field_types, make_config, option_name, read_toml
 
 _HELP = """Train a language model on text.
@@ -42,8 +43,6 @@ def _configure(config: str | None, **options: Any) -> TrainConfig:
 
 def _end_if_out_of_memory(error: BaseException) -> None:
     """End the job with one line if that is what happened; the other ranks cannot be asked any more."""
-    from zerompi.train.memory import is_out_of_memory
-
     if not is_out_of_memory(error):
         return
     world = MPI.COMM_WORLD

@@ -8,8 +8,8 @@ from typing import TypeVar
 from mpi4py import MPI
 
 from zerompi.errors import ZerompiError
+from zerompi.launch import is_out_of_memory
 from zerompi.train.config import InputError
-from zerompi.train.memory import is_out_of_memory
 
 _T = TypeVar("_T")
 
