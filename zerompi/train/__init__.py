@@ -1,1 +1,4 @@
-"""The main job: training a language model on text. It uses zerompi's public API only."""
+"""The main job: training a language model on text.
+
+Beside the public API it uses zerompi's launch, errors, report and checkpoint.
+"""

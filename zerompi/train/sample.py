@@ -10,6 +10,8 @@ from torch import nn
 
 from zerompi.train.model import next_token_logits
 
+_TEMPERATURE = 0.8  # below 1: fewer unlikely tokens than the model itself expects
+
 
 def sample_continuation(
     model: nn.Module,
@@ -19,7 +21,6 @@ def sample_continuation(
     *,
     context: int,
     seed: int,
-    temperature: float = 0.8,
 ) -> list[int]:
     """`count` tokens after `prompt`, identical on all ranks.
 
@@ -35,7 +36,7 @@ def sample_continuation(
             logits = next_token_logits(model, torch.tensor([tokens[-context:]]))[0, -1]
             token = 0
             if comm.rank == 0:
-                shares = torch.softmax(logits / temperature, dim=-1)
+                shares = torch.softmax(logits / _TEMPERATURE, dim=-1)
                 token = int(torch.multinomial(shares, 1, generator=generator))
             tokens.append(comm.bcast(token, root=0))
     model.train(was_training)
