@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from zerompi.report import MemoryReport, Report
 from zerompi.train.display import LineDisplay, StepMetrics, make_display
 from zerompi.train.job import lr_factor
 from zerompi.train.metrics import MetricsLog
-from zerompi.train.summary import traffic_theory
+from zerompi.train.summary import Meter, traffic_theory
 
 
 def _steps(path: Path) -> list[int]:
@@ -88,3 +89,15 @@ def test_theory_is_two_or_three_times_the_parameters(stage: int, elements: int) 
 def test_theory_of_several_copies_adds_the_reduction_between_them() -> None:
     theory = traffic_theory(1000, stage=3, num_shards=2, num_replicas=2, param_nbytes=2, passes=3)
     assert theory == {"reduce_scatter": 2000, "all_gather": 6000, "all_reduce": 2000}
+
+
+def test_seconds_of_phases_are_means_over_the_steps_that_no_evaluation_preceded() -> None:
+    meter = Meter()
+    for step in range(1, 5):
+        report = Report(
+            traffic={}, memory=MemoryReport({}, {}, {}), time={"gather": 100.0 if step > 2 else 0.5}
+        )
+        meter.add(report, 2.0, evaluated_before=step > 2)
+    assert meter.seconds == 8
+    assert meter.phase_means == {"forward and backward": 1.5, "gather": 0.5}
+    assert Meter().phase_means == {}

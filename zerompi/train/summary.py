@@ -20,10 +20,19 @@ _FORWARD_BACKWARD = "forward and backward"
 
 @dataclass
 class Meter:
-    """Sums over the steps of this process, and one step's traffic without evaluations in it."""
+    """Sums over the steps of this process, and one step's traffic without evaluations in it.
+
+    Attributes:
+        seconds: of all steps.
+        steps: how many there were.
+        timed_steps: those of them that no evaluation preceded.
+        phases: seconds of the timed steps by phase.
+        traffic: of the last timed step.
+    """
 
     seconds: float = 0.0
     steps: int = 0
+    timed_steps: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     traffic: Mapping[str, Mapping[str, int]] | None = None
 
@@ -34,9 +43,15 @@ class Meter:
         # The phases of an evaluation before the step are counted with the step's, its time is not.
         if not evaluated_before:
             self.traffic = report.traffic
+            self.timed_steps += 1
             rest = seconds - sum(report.time.values())
             for name, part in {_FORWARD_BACKWARD: rest, **report.time}.items():
                 self.phases[name] = self.phases.get(name, 0.0) + part
+
+    @property
+    def phase_means(self) -> dict[str, float]:
+        """Seconds of one step by phase; empty if no step could be timed."""
+        return {name: seconds / self.timed_steps for name, seconds in self.phases.items()}
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,7 @@ def summarise(
         }
         for name in memory.peak
     }
-    phases = comm.allgather(meter.phases)
+    phases = comm.allgather(meter.phase_means)
     counted = comm.allgather(meter.traffic or {})
     shards = _num_shards(job)
     itemsize = 4 if config.dtype == "float32" else 2
@@ -141,8 +156,7 @@ def summarise(
         memory=categories,
         peak_rss=max(rss for _, _, rss in everyone),
         seconds={
-            name: sum(part.get(name, 0.0) for part in phases) / comm.size / max(1, meter.steps)
-            for name in meter.phases
+            name: sum(part.get(name, 0.0) for part in phases) / comm.size for name in meter.phases
         },
         sample=sample,
     )
