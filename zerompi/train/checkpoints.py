@@ -41,26 +41,27 @@ def _tidy(path: Path, config: TrainConfig) -> None:
         for file in huggingface.companions(Path(config.model)):
             shutil.copyfile(file, path / file.name)
     if config.keep:
-        for old in _by_step(path.parent)[: -config.keep]:
+        for old in _older(path)[config.keep - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _by_step(directory: Path) -> list[Path]:
-    """The checkpoints in `directory`, oldest first."""
-    found = [
-        path
-        for path in directory.glob("step-*")
-        if path.name[5:].isdigit() and (path / "state.json").is_file()
+def _older(path: Path) -> list[Path]:
+    """The checkpoints beside the one at `path` that have fewer steps behind them, newest first."""
+    steps = [
+        int(other.name[5:])
+        for other in path.parent.glob("step-*")
+        if other.name[5:].isdecimal() and (other / "state.json").is_file()
     ]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    before = sorted((step for step in steps if step < int(path.name[5:])), reverse=True)
+    return [path.with_name(f"step-{step}") for step in before]
 
 
 def prepare_output(config: TrainConfig, comm: MPI.Intracomm) -> Path | None:
     """Make the output directory; return the checkpoint to continue from, if there is one. Collective.
 
     Raises:
-        InputError: `--resume` names no checkpoint, or the directory holds those of an earlier run that
-            this one would mix with; the same on all ranks.
+        InputError: `--resume` names no checkpoint, or the directory holds others that this run would
+            mix with, those of an earlier run or newer ones of its own; the same on all ranks.
     """
     return agree_on_root(comm, lambda: _prepare(config))
 
@@ -82,4 +83,10 @@ def _prepare(config: TrainConfig) -> Path | None:
     path = Path(config.resume)
     if not (path / "state.json").is_file():
         raise InputError(f"--resume: {path}: expected a complete checkpoint, got none")
+    # Else the next `--resume` would take the newest of a course that has been left.
+    if latest is not None and not latest.samefile(path):
+        raise InputError(
+            f"--resume: {path}: expected the latest checkpoint in --out, {latest}; to continue from this "
+            "one, choose another --out or remove those after it"
+        )
     return path
