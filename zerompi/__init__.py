@@ -8,7 +8,7 @@ _launch.prepare_environment()
 
 from zerompi import autograd, collectives  # noqa: E402
 from zerompi.api import partition  # noqa: E402
-from zerompi.errors import MismatchError, ZerompiError  # noqa: E402
+from zerompi.errors import CheckpointError, MismatchError, ZerompiError  # noqa: E402
 from zerompi.precision import MixedPrecision  # noqa: E402
 from zerompi.topology import Topology  # noqa: E402
 from zerompi.version import __version__  # noqa: E402
@@ -17,6 +17,7 @@ from zerompi.zero import Zero  # noqa: E402
 _launch.abort_on_exception()
 
 __all__ = [
+    "CheckpointError",
     "MismatchError",
     "MixedPrecision",
     "Topology",

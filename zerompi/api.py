@@ -18,6 +18,7 @@ from zerompi.launch import check_world
 from zerompi.optimizer import check_optimizer
 from zerompi.placement import STAGES, Placement
 from zerompi.precision import MixedPrecision
+from zerompi.registry import is_partitioned
 from zerompi.segment import Context
 from zerompi.topology import Topology
 from zerompi.unit import Unit
@@ -91,7 +92,7 @@ def partition(
     for unit in made:
         for segment in unit.segments:
             segment.adopt()
-    without_values = meta.initialise(model, made, landed) if landed else set()
+    without_values = set() if landed is None else meta.initialise(model, made, landed)
     return Zero(model, optimizer, made, context, without_values)
 
 
@@ -102,7 +103,7 @@ def _agree(arguments: _Arguments, world: Group) -> list[UnitPlan]:
     try:
         _check(arguments, world)
         plans = plan_units(arguments.model, arguments.units)
-    except (TypeError, ValueError, RuntimeError) as caught:
+    except Exception as caught:  # also what a predicate of the user's raises
         error = caught
     refusals = world.comm.allgather(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
@@ -124,9 +125,11 @@ def _check(arguments: _Arguments, world: Group) -> None:
         raise TypeError(
             f"mixed_precision: expected zerompi.MixedPrecision, got {type(precision).__name__}"
         )
-    if "zero_grad" in vars(arguments.model):
-        raise ValueError("model: expected a model that is not partitioned yet, got one that is")
     for name, parameter in arguments.model.named_parameters():
+        if is_partitioned(parameter):
+            raise ValueError(
+                f"model: expected parameters that are not partitioned yet, got {name}, which is"
+            )
         if parameter.device.type not in ("cpu", "meta"):
             raise ValueError(f"model: expected {name} on cpu or meta, got {parameter.device}")
         if parameter.layout is not torch.strided:

@@ -12,10 +12,10 @@ from zerompi.collectives.group import Group
 
 
 class _Owner(NamedTuple):
-    """A module that has buffers, and the version of each when it was last sent."""
+    """A module, and the version of each of its buffers when it was last sent."""
 
     module: nn.Module
-    seen: dict[str, tuple[int, int]]
+    seen: dict[str, tuple[Tensor, int]]
 
 
 class ModuleBuffers:
@@ -29,22 +29,25 @@ class ModuleBuffers:
 
     def __init__(self, model: nn.Module, world: Group) -> None:
         self.world = world
-        self._owners = [_Owner(module, {}) for module in model.modules() if module._buffers]
+        self._owners = [_Owner(module, {}) for module in model.modules()]
 
     def synchronise(self, *, everything: bool = False) -> None:
-        """Broadcast rank 0's changed buffers, or all. Collective, if any has changed on any rank."""
+        """Broadcast rank 0's changed buffers, or all.
+
+        Collective where any has changed; ranks change the same ones, or get MismatchError.
+        """
         for module, seen in self._owners:
             buffers = {
                 key: buffer
                 for key, buffer in module._buffers.items()
                 if buffer is not None and not buffer.is_meta
             }
-            if not everything and seen == _versions(buffers):
+            if not everything and _unchanged(buffers, seen):
                 continue
             for buffer in buffers.values():
                 self._broadcast(buffer)
             seen.clear()
-            seen.update(_versions(buffers))
+            seen.update({key: (buffer, buffer._version) for key, buffer in buffers.items()})
 
     def _broadcast(self, buffer: Tensor) -> None:
         if self.world.size == 1 or not buffer.numel():
@@ -54,5 +57,8 @@ class ModuleBuffers:
         buffer.detach().copy_(values)
 
 
-def _versions(buffers: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    return {key: (id(buffer), buffer._version) for key, buffer in buffers.items()}
+def _unchanged(buffers: Mapping[str, Tensor], seen: Mapping[str, tuple[Tensor, int]]) -> bool:
+    return buffers.keys() == seen.keys() and all(
+        seen[key][0] is buffer and seen[key][1] == buffer._version
+        for key, buffer in buffers.items()
+    )

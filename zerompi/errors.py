@@ -7,5 +7,9 @@ class ZerompiError(RuntimeError):
     """Something cannot be done; the message says what and why."""
 
 
+class CheckpointError(ZerompiError):
+    """A checkpoint cannot be written, or what is on disk is none; the message names the file."""
+
+
 class MismatchError(ZerompiError):
     """Ranks disagree on a model, a shape, a dtype or the order of operations."""

@@ -6,7 +6,7 @@
     run the module                gradient of a parameter is complete: collect it into the bucket,
     after: reshard                    reduce the unit when it has all
                                   gradients of the inputs are complete: reshard
-                                  end of backward: reduce what is left, reshard all
+                                  end of backward: reduce what is left, reshard what nobody holds
 
 Autograd runs nodes in the reverse order of their creation. The inputs of a unit pass through a node that is
 created before any other of its forward, so when that node runs, the unit's backward is over.
@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zerompi.buffers import ModuleBuffers
 from zerompi.errors import ZerompiError
-from zerompi.nested import iter_tensors, map_tensors
+from zerompi.nested import iter_tensors, map_arguments, map_tensors
 from zerompi.placement import Placement
 from zerompi.precision import LossScaler
 from zerompi.report import storage_nbytes
@@ -60,6 +60,7 @@ class Hooks:
         self._end_is_queued = False
         self._kept: list[Unit] = []
         self._running: Counter[Unit] = Counter()
+        self._is_scaled = False
         self._handles: list[RemovableHandle] = []
         for unit in units:
             self._register(unit)
@@ -119,7 +120,7 @@ class Hooks:
             alias.register_hook(partial(self._after_backward, unit))
             return alias
 
-        return map_tensors(mark, args), map_tensors(mark, kwargs)
+        return map_arguments(mark, args, kwargs)
 
     def _after_forward(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any
@@ -178,22 +179,44 @@ class Hooks:
         """Refuse what would be silently wrong; forget a backward pass that an exception ended."""
         if self._end_is_queued:
             self._end_is_queued = False
-            self.reductions.reset()
-            for unit in self.units:
-                for segment in unit.trainable:
-                    segment.discard_gradients()
+            self.discard_gradients()
+        known = {id(p) for unit in self.units for s in unit.segments for p in s.parameters}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in known:
+                raise ZerompiError(
+                    f"{name} was not in the model when it was partitioned: change the model before "
+                    "zerompi.partition"
+                )
         for unit in self.units:
+            visible = unit.state is UnitState.UNSHARDED
             for segment in unit.segments:
                 if not segment.trainable and any(p.requires_grad for p in segment.parameters):
                     raise ZerompiError(
                         f"parameters of {unit.name} were frozen when the model was partitioned and "
                         "require a gradient now: set requires_grad before zerompi.partition"
                     )
+                name_of_replaced = segment.replaced(visible=visible)
+                if name_of_replaced is not None:
+                    raise ZerompiError(
+                        f"somebody has replaced the data of {name_of_replaced} (model.to, .half, "
+                        "parameter.data = ...): do so before zerompi.partition, or inside "
+                        "zero.gathered(writable=True)"
+                    )
+
+    def discard_gradients(self) -> None:
+        """Forget all gradients that are not reduced yet."""
+        self._is_scaled = False
+        self.reductions.reset()
+        for unit in self.units:
+            for segment in unit.trainable:
+                segment.discard_gradients()
+                segment.collected = 0
 
     # -- backward ------------------------------------------------------------------------------
 
     def _scale_gradient(self, gradient: Tensor) -> Tensor | None:
         self._queue_end()
+        self._is_scaled = True
         return None if self.scaler is None else gradient * self.scaler.scale
 
     def _before_backward(self, unit: Unit, gradient: Tensor) -> None:
@@ -211,6 +234,11 @@ class Hooks:
         self, unit: Unit, segment: Segment, index: int, parameter: nn.Parameter
     ) -> None:
         self._queue_end()
+        if self.scaler is not None and not self._is_scaled:
+            raise ZerompiError(
+                f"{segment.names[index]} got a gradient that did not come through the model's output, "
+                "where the loss scale is applied: compute the loss from what model(...) returns"
+            )
         segment.collect(index)
         if self.accumulation.communicates and unit.is_complete:
             self.reductions.ready(unit, self.gradient_scale)
@@ -230,9 +258,9 @@ class Hooks:
             unit.reshard()
         if self.accumulation.communicates:
             self.reductions.finish(self.gradient_scale)
-        self.accumulation.seen += int(collected)
-        if self.accumulation.count == 1:
-            self.accumulation.seen = 0
+        self._is_scaled = False
+        if self.accumulation.expected is not None:
+            self.accumulation.seen += int(collected)
         for unit in self.units:
             for segment in unit.trainable:
                 segment.collected = 0

@@ -12,13 +12,17 @@ from zerompi.segment import placeholder
 from zerompi.unit import Unit
 
 
-def land(model: nn.Module) -> set[int]:
-    """Put meta parameters and buffers on the host; return the ids of these parameters.
+def land(model: nn.Module) -> set[int] | None:
+    """Put meta parameters and buffers on the host.
 
     A parameter keeps its identity and gets no memory (it is a placeholder that reads as NaN); a buffer gets
     memory, NaN if it is of a floating-point dtype, so that what nobody fills is noticed.
+
+    Returns:
+        The ids of these parameters; None if nothing was on the meta device.
     """
-    landed = set()
+    landed: set[int] = set()
+    any_buffer = False
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and parameter.is_meta:
@@ -33,7 +37,8 @@ def land(model: nn.Module) -> set[int]:
                 if buffer.is_floating_point():
                     empty.fill_(float("nan"))
                 module._buffers[key] = empty
-    return landed
+                any_buffer = True
+    return landed if landed or any_buffer else None
 
 
 def initialise(model: nn.Module, units: Sequence[Unit], landed: set[int]) -> set[str]:
@@ -69,7 +74,7 @@ def initialise(model: nn.Module, units: Sequence[Unit], landed: set[int]) -> set
 def _reset(units: Sequence[Unit], modules: Sequence[nn.Module]) -> None:
     with ExitStack() as stack:
         for unit in units:
-            stack.enter_context(unit.main_weights(write=True))
+            stack.enter_context(unit.main_weights())
         if units[0].context.world.rank == 0:
             with torch.no_grad():
                 for module in modules:

@@ -25,6 +25,24 @@ def iter_tensors(value: Any) -> Iterator[Tensor]:
             yield from iter_tensors(getattr(value, field.name))
 
 
+def map_arguments(
+    function: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with `function` applied to tensors and tensors in tuples.
+
+    Lists, dicts and objects are passed on as they are: the callee may change them for its caller.
+    """
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return function(value)
+        if type(value) is tuple:
+            return tuple(mapped(item) for item in value)
+        return value
+
+    return mapped(args), {name: mapped(value) for name, value in kwargs.items()}
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same structure with `function` applied to each tensor; the original is left as it is.
 

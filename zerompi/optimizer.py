@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -45,7 +46,6 @@ class PieceOptimizer:
         self.context = context
         self.scaler = scaler
         self.segments = [segment for unit in units for segment in unit.trainable]
-        self._clip = 1.0
         self._casts = ExitStack()
         self._skipped: list[tuple[nn.Parameter, Tensor]] = []
         self._handles: list[RemovableHandle] = []
@@ -55,6 +55,11 @@ class PieceOptimizer:
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
             ]
+            if context.stage.optimizer_state is Placement.SHARD:
+                self._handles += [
+                    optimizer.register_state_dict_pre_hook(_refuse_state_dict),
+                    optimizer.register_load_state_dict_pre_hook(_refuse_load_state_dict),
+                ]
 
     def remove(self) -> None:
         """Take the hooks away; the optimizer keeps the pieces."""
@@ -95,7 +100,7 @@ class PieceOptimizer:
                 "weights' dtype, got a function; call backward() before step()"
             )
         self._casts.close()  # a step that raised has left them open
-        if self.scaler is not None and self._overflows():
+        if self._overflows():
             # Without gradients torch's own code leaves weights, states and step counts alone.
             for segment in self.segments:
                 for piece in segment.pieces:
@@ -104,7 +109,7 @@ class PieceOptimizer:
                         piece.grad = None
             return
         for segment in self.segments:
-            self._casts.enter_context(segment.cast_gradients(self._clip))
+            self._casts.enter_context(segment.cast_gradients())
         cast_nbytes = sum(
             segment.main.nbytes
             for segment in self.segments
@@ -114,17 +119,19 @@ class PieceOptimizer:
         self._casts.enter_context(self.context.times.phase("optimizer"))
 
     def _overflows(self) -> bool:
-        """Whether any rank has a gradient that is not finite. Collective over the world."""
-        finite = all(
+        """With a loss scale: whether any rank has a gradient that is not finite.
+
+        Collective over the world, also without a loss scale: a rank that steps alone is noticed.
+        """
+        finite = self.scaler is None or all(
             bool(torch.isfinite(gradient).all())
             for segment in self.segments
             for gradient in segment.gradients()
         )
-        flags = self.context.world.agree("check of the gradients for overflow", int(not finite))
-        overflow = any(flags)
-        assert self.scaler is not None
-        self.scaler.update(overflow=overflow)
-        return overflow
+        flags = self.context.world.agree("optimizer step", int(not finite))
+        if self.scaler is not None:
+            self.scaler.update(overflow=any(flags))
+        return any(flags)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         skipped = bool(self._skipped)
@@ -132,7 +139,6 @@ class PieceOptimizer:
             piece.grad = gradient
         self._skipped.clear()
         self._casts.close()
-        self._clip = 1.0
         if not skipped:
             self.refresh()
         self.measure_states()
@@ -143,7 +149,7 @@ class PieceOptimizer:
             gathers = self.context.stage.parameter is not self.context.stage.optimizer_state
             for unit in self.units:
                 if gathers and unit.trainable:
-                    self.context.shard_group.agree(f"refresh of the parameters of {unit.name}")
+                    self.context.world.agree(f"refresh of the parameters of {unit.name}")
                 for segment in unit.trainable:
                     segment.refresh()
 
@@ -161,40 +167,66 @@ class PieceOptimizer:
         """Scale all gradients so that their total norm is at most `max_norm`. Collective.
 
         Returns:
-            The total norm before clipping: float32, 0-dim, identical on all ranks.
+            The total norm before clipping: 0-dim, identical on all ranks.
         """
         total = self._total_norm(float(norm_type))
         coefficient = float(min(1.0, float(max_norm) / (total + 1e-6)))
         if math.isnan(total):
             coefficient = math.nan
-        self._clip *= coefficient
-        direct = [s for s in self.segments if s.reduce_dtype is s.main_dtype]
-        gradients = [gradient for segment in direct for gradient in segment.gradients()]
+        gradients = [gradient for segment in self.segments for gradient in segment.gradients()]
         if gradients and coefficient != 1.0:
             torch._foreach_mul_(gradients, coefficient)
-        return torch.tensor(total, dtype=torch.float32)
+        wide = any(s.main_dtype in (torch.float64, torch.complex128) for s in self.segments)
+        return torch.tensor(total, dtype=torch.float64 if wide else torch.float32)
 
     def _total_norm(self, norm_type: float) -> float:
         if not norm_type > 0:
             raise ValueError(f"norm_type: expected a positive number or inf, got {norm_type}")
         largest = math.isinf(norm_type)
         norms = [
-            float(torch.linalg.vector_norm(gradient, norm_type, dtype=torch.float32))
+            _norm(gradient, norm_type)
             for segment in self.segments
             for gradient in segment.gradients()
             if gradient.numel()
         ]
-        local = max(norms, default=0.0) if largest else math.fsum(n**norm_type for n in norms)
+        local = max(norms, default=0.0) if largest else math.fsum(_power(n, norm_type) for n in norms)
         if any(math.isnan(norm) for norm in norms):
             local = math.nan
-        group = self.context.shard_group
+        self.context.world.agree("norm of the gradients")
         parts = [local]
         if self.context.stage.optimizer_state is Placement.SHARD:
-            group.agree("norm of the gradients")
-            parts = group.comm.allgather(local)
+            parts = self.context.shard_group.comm.allgather(local)
         if any(math.isnan(part) for part in parts):
             return math.nan
-        return max(parts) if largest else math.fsum(parts) ** (1.0 / norm_type)
+        return max(parts) if largest else _power(math.fsum(parts), 1.0 / norm_type)
+
+
+def _norm(gradient: Tensor, norm_type: float) -> float:
+    """The norm of one gradient, summed in float32 at least."""
+    real = gradient.abs() if gradient.is_complex() else gradient
+    dtype = torch.promote_types(real.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(real, norm_type, dtype=dtype))
+
+
+def _power(value: float, exponent: float) -> float:
+    try:
+        return float(value**exponent)
+    except OverflowError:
+        return math.inf
+
+
+def _refuse_state_dict(optimizer: Optimizer) -> None:
+    raise ZerompiError(
+        "optimizer.state_dict() of a partitioned optimizer would hold this rank's pieces only; use "
+        "zero.save(...)"
+    )
+
+
+def _refuse_load_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    raise ZerompiError(
+        "optimizer.load_state_dict() does not cut the states into pieces; use zero.load(...), or call "
+        "it before zerompi.partition"
+    )
 
 
 def is_elementwise_state(key: str, value: Any, shape: Sequence[int]) -> bool:
@@ -244,7 +276,10 @@ def _is_elementwise(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 
     def run(parameters: list[nn.Parameter], parts: list[list[Tensor]]) -> Tensor:
         trial = object.__new__(type(optimizer))
-        trial.__dict__.update(optimizer.__dict__)
+        for name, value in vars(optimizer).items():
+            # Containers of the optimizer's own, say a list of losses, are not the trial's to fill.
+            own = isinstance(value, (dict, list, set)) and name not in ("state", "param_groups")
+            vars(trial)[name] = copy.copy(value) if own else value
         trial.state = defaultdict(dict)
         trial.param_groups = [{**group, "params": parameters}]
         if "lr" in group:

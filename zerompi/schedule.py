@@ -13,8 +13,13 @@ class Accumulation:
 
     def __init__(self) -> None:
         self.paused = 0
-        self.count = 1
+        self.expected: int | None = None  # passes of the surrounding accumulate(), if any
         self.seen = 0
+
+    @property
+    def count(self) -> int:
+        """Over how many passes the mean is taken."""
+        return 1 if self.expected is None else self.expected
 
     @property
     def communicates(self) -> bool:
@@ -26,7 +31,7 @@ class Reductions:
     """Reduces units in one order that is the same on all ranks.
 
     A unit is reduced when it is ready and all units before it in the order are reduced. The order is at
-    first the reverse of the model's, and from the second backward pass on the one in which units became
+    first the reverse of the model's, and after the first pass that reduces the one in which units became
     ready on rank 0. So ranks never wait for each other crosswise, even if they use different parameters.
     """
 

@@ -44,12 +44,19 @@ class Context:
 
 
 def placeholder(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """One element expanded to the shape of `tensor`: no memory, NaN when read, an error when written."""
+    """One element expanded to the shape of `tensor`: no memory, and NaN when it is read."""
     if dtype.is_floating_point or dtype.is_complex:
         value = torch.full((), float("nan"), dtype=dtype)
     else:
         value = torch.zeros((), dtype=dtype)
     return value.expand(tensor.shape)
+
+
+def _is_marker(gradient: Tensor | None) -> bool:
+    """Whether a gradient waits in the reduce dtype: `zero_grad(set_to_none=False)` zeroes the NaN."""
+    if gradient is None:
+        return False
+    return not gradient.numel() or bool(gradient.as_strided((1,), (1,)).isnan())
 
 
 class Segment:
@@ -121,6 +128,10 @@ class Segment:
             return same
         return self._zeros(same.numel())
 
+    def zeros_like_full(self) -> Tensor:
+        """Zeros for all main weights, (padded_numel,), main dtype; a new tensor."""
+        return self._zeros(self.layout.padded_numel)
+
     def _zeros(self, numel: int) -> Tensor:
         buffer = self.context.shard_group.allocate(numel, self.main_dtype)
         return buffer.tensor.zero_()
@@ -142,7 +153,7 @@ class Segment:
 
     def adopt(self) -> None:
         """Start from rank 0's parameter values, leaving placeholders. Collective over the world."""
-        values = self._zeros(self.layout.padded_numel)
+        values = self.zeros_like_full()
         for i, parameter in enumerate(self.parameters):
             self.view(values, i).copy_(parameter.detach())
             parameter.data = placeholder(parameter, self.dtype)
@@ -171,7 +182,7 @@ class Segment:
         """The full main weights, (padded_numel,), main dtype; a new tensor. Collective."""
         if self.is_main_replicated:
             return self.main.clone()
-        values = self._zeros(self.layout.padded_numel)
+        values = self.zeros_like_full()
         values[self.own.start : self.own.stop].copy_(self.main[: self.own.numel])
         gather_blocks(values, self.layout.shard_ranges, self.context.shard_group, label="gathered")
         return values
@@ -186,9 +197,27 @@ class Segment:
     # -- parameters ----------------------------------------------------------------------------
 
     def install(self, flat: Tensor) -> None:
-        """Make the parameters views of `flat`, (padded_numel,), any floating-point dtype."""
+        """Make the parameters views of `flat`, (padded_numel,)."""
         for i, parameter in enumerate(self.parameters):
             parameter.data = self.view(flat, i)
+
+    def replaced(self, *, visible: bool) -> str | None:
+        """The name of a parameter that is not as we left it, if any: somebody has set its data.
+
+        Args:
+            visible: whether the parameters are views of `full` now, or placeholders.
+        """
+        nbytes = self.full.nbytes if visible else self.dtype.itemsize
+        base = self.full.tensor.untyped_storage().data_ptr()
+        for i, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
+            if parameter.dtype is not self.dtype:
+                return name
+            if parameter.untyped_storage().nbytes() != nbytes:
+                return name
+            offset = self.layout.parameter_ranges[i].start * self.dtype.itemsize
+            if visible and parameter.numel() and parameter.data_ptr() != base + offset:
+                return name
+        return None
 
     def unshard(self) -> None:
         """Gather the full parameters into `full` and install them. Collective over the shard group."""
@@ -311,7 +340,8 @@ class Segment:
         """Make `result` the pieces' gradient, adding where `zero_grad` has not been called.
 
         Where the reduce dtype is not the main dtype, `.grad` is a marker (NaN, no memory) until
-        `cast_gradients`: so `zero_grad` is seen, and the gradient takes the reduce dtype's memory only.
+        `cast_gradients`: so `zero_grad` of both kinds is seen, and the gradient takes the reduce
+        dtype's memory only.
         """
         if self.reduce_dtype is self.main_dtype:
             for i, piece in enumerate(self.pieces):
@@ -323,7 +353,7 @@ class Segment:
             for i, piece in enumerate(self.pieces):
                 if used[i]:
                     kept = self._part(self.reduced, i)
-                    kept.copy_(self._part(result, i) + (kept if piece.grad is not None else 0))
+                    kept.copy_(self._part(result, i) + (kept if _is_marker(piece.grad) else 0))
         else:
             self.reduced = result
         for i, piece in enumerate(self.pieces):
@@ -336,19 +366,19 @@ class Segment:
             if piece.grad is not None:
                 if self.reduce_dtype is self.main_dtype:
                     yield piece.grad
-                elif self.reduced is not None:
+                elif self.reduced is not None and _is_marker(piece.grad):
                     yield self._part(self.reduced, i)
 
     @contextmanager
-    def cast_gradients(self, scale: float) -> Iterator[None]:
+    def cast_gradients(self) -> Iterator[None]:
         """While the context lasts, `.grad` of the pieces is the gradient in the main dtype."""
         if self.reduce_dtype is self.main_dtype or self.reduced is None:
             yield
             return
         reduced = self.reduced
-        cast = [(i, piece) for i, piece in enumerate(self.pieces) if piece.grad is not None]
+        cast = [(i, piece) for i, piece in enumerate(self.pieces) if _is_marker(piece.grad)]
         for i, piece in cast:
-            piece.grad = self._part(reduced, i).to(self.main_dtype).mul_(scale)
+            piece.grad = self._part(reduced, i).to(self.main_dtype)
         try:
             yield
         finally:

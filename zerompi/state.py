@@ -32,6 +32,11 @@ class Entry(NamedTuple):
         return self.segment.layout.shapes[self.position]
 
     @property
+    def parameter(self) -> nn.Parameter:
+        """The model's own parameter."""
+        return self.segment.parameters[self.position]
+
+    @property
     def piece(self) -> nn.Parameter:
         """This rank's piece."""
         return self.segment.pieces[self.position]
@@ -141,14 +146,30 @@ def _plain(value: Any) -> Any:
 def check_model(
     reader: CheckpointReader, model: nn.Module, units: Sequence[Unit], aliases: Mapping[str, str]
 ) -> None:
-    """Refuse a checkpoint whose parameters are not the model's, before anything is overwritten.
+    """Refuse a checkpoint whose tensors are not the model's, before anything is overwritten.
 
     Raises:
-        ZerompiError: parameters are missing, unexpected or of another shape; all are named.
+        ZerompiError: tensors are missing, unexpected or of another shape; all are named.
+    """
+    shapes = {name: spec.shape for name, spec in reader.model_specs.items()}
+    check_names("the checkpoint", shapes, model, units, aliases)
+
+
+def check_names(
+    what: str,
+    shapes: Mapping[str, Sequence[int]],
+    model: nn.Module,
+    units: Sequence[Unit],
+    aliases: Mapping[str, str],
+) -> None:
+    """Refuse names and shapes that are not those of the model's state dict.
+
+    Raises:
+        ZerompiError: `what` lacks tensors, has unexpected ones, or some of another shape.
     """
     expected = {entry.name: entry.shape for entry in entries(units)}
     expected.update({name: tuple(b.shape) for name, b in persistent_buffers(model).items()})
-    found = {aliases.get(name, name): spec for name, spec in reader.model_specs.items()}
+    found = {aliases.get(name, name): tuple(shape) for name, shape in shapes.items()}
     problems = []
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -157,12 +178,22 @@ def check_model(
     if unexpected:
         problems.append(f"unexpected: {_listed(unexpected)}")
     problems += [
-        f"{name}: expected shape {shape}, got {tuple(found[name].shape)}"
+        f"{name}: expected shape {shape}, got {found[name]}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name].shape) != tuple(shape)
+        if name in found and found[name] != shape
     ]
     if problems:
-        raise ZerompiError("the checkpoint is not of this model: " + "; ".join(problems[:20]))
+        raise ZerompiError(f"{what} is not of this model: " + "; ".join(problems[:20]))
+
+
+def aliases(model: nn.Module, units: Sequence[Unit]) -> dict[str, str]:
+    """Other names of tied parameters -> the name under which they are kept."""
+    kept = {id(entry.parameter): entry.name for entry in entries(units)}
+    return {
+        name: kept[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name != kept[id(parameter)]
+    }
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -49,7 +49,7 @@ class Unit:
         self.state = UnitState.SHARDED if self._sharded else UnitState.UNSHARDED
 
     def unshard(self) -> None:
-        """Make the full parameters visible. Collective over the shard group unless they are already."""
+        """Make the full parameters visible. Collective over the world unless they are already."""
         if self._lent:
             raise ZerompiError(
                 f"{self.name}: forward inside gathered(writable=True); leave the context first"
@@ -58,7 +58,7 @@ class Unit:
             return
         if self.segments:
             with self.context.times.phase("all_gather"):
-                self.context.shard_group.agree(f"all-gather of the parameters of {self.name}")
+                self.context.world.agree(f"all-gather of the parameters of {self.name}")
                 for segment in self.segments:
                     segment.unshard()
         self.state = UnitState.UNSHARDED
@@ -111,10 +111,10 @@ class Unit:
         return used
 
     @contextmanager
-    def main_weights(self, *, write: bool) -> Iterator[None]:
+    def main_weights(self) -> Iterator[None]:
         """Let the parameters be the full main weights while the context lasts. Collective.
 
-        With `write`, rank 0's values are taken over at the end.
+        Rank 0's values are taken over at the end.
         """
         values = []
         for segment in self.segments:
@@ -131,6 +131,5 @@ class Unit:
                     segment.install(segment.full.tensor)
                 else:
                     segment.hide()
-        if write:
-            for segment, flat in zip(self.segments, values, strict=True):
-                segment.set_values(flat)
+        for segment, flat in zip(self.segments, values, strict=True):
+            segment.set_values(flat)

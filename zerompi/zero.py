@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
@@ -15,13 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zerompi import launch, registry
 from zerompi import state as states
-from zerompi.checkpoint import CheckpointReader, agree_error, agreement, write_checkpoint
+from zerompi.accounting import measure_parameters, memory_report
+from zerompi.agreement import agreement
+from zerompi.checkpoint import CheckpointReader, write_checkpoint
 from zerompi.errors import ZerompiError
 from zerompi.hooks import Hooks
 from zerompi.optimizer import PieceOptimizer
 from zerompi.placement import Placement
-from zerompi.report import ElementBytes, MemoryReport, Report, storage_nbytes, zero_formula
+from zerompi.report import Report
 from zerompi.segment import Context
 from zerompi.unit import Unit, UnitState
 
@@ -46,7 +48,7 @@ class Zero:
         self._units = list(units)
         self._context = context
         self._scaler = scaler = context.precision.make_scaler()
-        self._aliases = _aliases(model, units)
+        self._aliases = states.aliases(model, units)
         self._state_keys = list(model.state_dict(keep_vars=True))
         self._uninitialised = without_values
         self._optimizer = PieceOptimizer(optimizer, units, context, scaler)
@@ -59,15 +61,16 @@ class Zero:
         ]
         self._zero_grad = model.zero_grad
         model.zero_grad = self._zero_grad_of_pieces  # type: ignore[method-assign]
+        registry.register((entry.name, entry.parameter) for entry in states.entries(units))
         if optimizer is not None:
             self._guards.append(optimizer.register_step_post_hook(self._end_of_step))
         self._closed = False
         self._traffic_mark = context.world.traffic.snapshot()
         self._step_traffic: Mapping[str, Mapping[str, int]] = {}
         self._step_times: Mapping[str, float] = {}
-        self._measure()
-        self._exit = weakref.WeakMethod(self._at_exit)
-        atexit.register(_call_if_alive, self._exit)
+        measure_parameters(self._units, context)
+        self._optimizer.measure_states()
+        atexit.register(self._at_exit)
 
     # -- properties ----------------------------------------------------------------------------
 
@@ -110,7 +113,7 @@ class Zero:
         """Accumulate gradients without communication: backward passes inside reduce nothing.
 
         The next backward pass outside reduces the sum of all. Unreduced gradients take the memory of
-        the whole model's, in the reduce dtype, at every stage.
+        the whole model's, in the reduce dtype, at every stage; an exception in a backward pass drops them.
         """
         self._check_open()
         self._hooks.accumulation.paused += 1
@@ -130,20 +133,23 @@ class Zero:
             ZerompiError: the context ends after another number of backward passes.
         """
         self._check_open()
-        if not isinstance(count, int) or count < 1:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"count: expected a positive integer, got {count!r}")
         accumulation = self._hooks.accumulation
-        if accumulation.count != 1:
+        if accumulation.expected is not None:
             raise ZerompiError("accumulate: expected no enclosing accumulate, got one")
-        accumulation.count, accumulation.seen = count, 0
+        accumulation.expected, accumulation.seen = count, 0
         try:
             yield
-            if count > 1 and accumulation.seen != count:
+            if accumulation.seen != count:
                 raise ZerompiError(
                     f"accumulate: expected {count} backward passes, got {accumulation.seen}"
                 )
+        except BaseException:
+            self._hooks.discard_gradients()
+            raise
         finally:
-            accumulation.count, accumulation.seen = 1, 0
+            accumulation.expected, accumulation.seen = None, 0
 
     def _zero_grad_of_pieces(self, set_to_none: bool = True) -> None:
         """`model.zero_grad`: the gradients of a partitioned model hang on its pieces."""
@@ -168,18 +174,18 @@ class Zero:
             ValueError: `module` is not part of the model.
         """
         self._check_open()
-        units = self._units_of(module or self._model)
+        units = self._units_of(self._model if module is None else module)
         names = ", ".join(unit.name for unit in units)
         self._agree(f"gathered(writable={writable}) of {names}")
         with ExitStack() as stack:
             for unit in units:
                 if writable:
-                    stack.enter_context(unit.main_weights(write=True))
+                    stack.enter_context(unit.main_weights())
                 else:
                     stack.enter_context(_held(unit))
             yield
         if writable:
-            self._uninitialised.clear()
+            self._uninitialised -= {entry.name for entry in states.entries(units)}
 
     def _units_of(self, module: nn.Module) -> list[Unit]:
         if not any(module is known for known in self._model.modules()):
@@ -195,7 +201,8 @@ class Zero:
         """Parameters (main weights: float32 under mixed precision) and buffers, on the host.
 
         Collective. Names and order are those of `model.state_dict()` before the partition; tied
-        parameters are one tensor under all their names. Buffers are rank 0's. With `rank0_only`, the other
+        parameters are one tensor under all their names. Buffers are rank 0's. Extra state of modules
+        (`get_extra_state`) is not included. With `rank0_only`, the other
         ranks get an empty dict and no memory is taken there beyond one unit.
         """
         self._agree(f"full_state_dict(rank0_only={rank0_only})")
@@ -227,14 +234,16 @@ class Zero:
             ZerompiError: names or shapes are not the model's (on all ranks, nothing is changed).
         """
         self._agree("load_full_state_dict")
-        error = None
-        if self.rank == 0:
-            error = _state_dict_error(sd or {}, self._model, self._units, self._aliases)
-        agree_error(self._context.world.comm, error)
-        given = {self._aliases.get(key, key): value for key, value in (sd or {}).items()}
+        given: dict[str, Tensor] = {}
+        with agreement(self._context.world.comm):
+            if self.rank == 0:
+                given = {key: torch.as_tensor(value) for key, value in (sd or {}).items()}
+                shapes = {key: value.shape for key, value in given.items()}
+                states.check_names("sd", shapes, self._model, self._units, self._aliases)
+                given = {self._aliases.get(key, key): value for key, value in given.items()}
         for unit in self._units:
             for segment in unit.segments:
-                flat = torch.zeros(segment.layout.padded_numel, dtype=segment.main_dtype)
+                flat = segment.zeros_like_full()
                 if self.rank == 0:
                     for index, name in enumerate(segment.names):
                         segment.view(flat, index).copy_(given[name])
@@ -243,7 +252,7 @@ class Zero:
             for name, buffer in states.persistent_buffers(self._model).items():
                 buffer.detach().copy_(given[name])
         self._hooks.buffers.synchronise(everything=True)
-        self._uninitialised.clear()
+        self._uninitialised.difference_update(self._state_keys)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -262,18 +271,16 @@ class Zero:
         comm, optimizer = self._context.world.comm, self._optimizer.optimizer
         self._hooks.buffers.synchronise()
         rng = comm.gather(states.rng_state(), root=0)
-        write_checkpoint(
-            Path(path),
-            states.model_table(self._model, self._units),
-            states.optimizer_table(optimizer, self._units),
-            {
+        with agreement(comm):
+            model = states.model_table(self._model, self._units)
+            optimizer_state = states.optimizer_table(optimizer, self._units)
+            rest = {
                 "extra": dict(extra or {}),
                 "optimizer": states.plain_optimizer_state(optimizer, self._units),
                 "loss_scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "rng": rng,
-            },
-            comm,
-        )
+            }
+        write_checkpoint(Path(path), model, optimizer_state, rest, comm)
 
     def load(self, path: str | PathLike[str]) -> dict[str, Any]:
         """Load a checkpoint, or the weights of a Hugging Face directory; return `extra`. Collective.
@@ -282,8 +289,9 @@ class Zero:
         random generators are restored if the number of ranks is the same.
 
         Raises:
-            CheckpointError, ZerompiError: it is damaged or not of this model (on all ranks, before
-                anything is overwritten).
+            ZerompiError: it is not of this model (on all ranks, before anything is overwritten).
+            CheckpointError: it cannot be read or is damaged (on all ranks; of damage inside a tensor, which
+                is found as it is read, after some tensors may have been overwritten: load another one).
         """
         self._agree("load")
         comm, optimizer = self._context.world.comm, self._optimizer.optimizer
@@ -301,67 +309,26 @@ class Zero:
         for unit in self._units:
             for segment in unit.segments:
                 segment.refresh()
-        if self._scaler is not None and saved.get("loss_scaler"):
-            self._scaler.load_state_dict(saved["loss_scaler"])
         rng = saved.get("rng") or []
-        if len(rng) == self.size:
-            states.set_rng_state(rng[self.rank])
-        self._uninitialised.clear()
+        with agreement(comm):
+            if self._scaler is not None and saved.get("loss_scaler"):
+                self._scaler.load_state_dict(saved["loss_scaler"])
+            if len(rng) == self.size:
+                states.set_rng_state(rng[self.rank])
+        self._uninitialised.difference_update(self._state_keys)
         return dict(saved.get("extra") or {})
 
     # -- report --------------------------------------------------------------------------------
 
     def report(self) -> Report:
         """Traffic and time of the last step (up to the last `optimizer.step()`), memory now and at peak."""
-        self._measure()
-        memory = self._context.memory
-        return Report(
-            traffic=self._step_traffic,
-            memory=MemoryReport(dict(memory.now), dict(memory.peak), self._formula()),
-            time=self._step_times,
-        )
-
-    def _formula(self) -> dict[str, float]:
-        total = dict.fromkeys(("parameters", "gradients", "optimizer_states"), 0.0)
-        tensors_per_element = self._state_tensors_per_element()
-        for unit in self._units:
-            for segment in unit.segments:
-                separate = segment.main_dtype is not segment.dtype
-                state_bytes = segment.main_dtype.itemsize * (tensors_per_element + separate)
-                per_element = ElementBytes(
-                    parameter=segment.dtype.itemsize,
-                    gradient=segment.reduce_dtype.itemsize if segment.trainable else 0,
-                    optimizer_state=state_bytes if segment.trainable else 0,
-                )
-                part = zero_formula(
-                    segment.layout.numel,
-                    self._context.shard_group.size,
-                    self._context.stage,
-                    per_element,
-                )
-                for category, nbytes in part.items():
-                    total[category] += nbytes
-        return total
-
-    def _state_tensors_per_element(self) -> int:
-        """How many elementwise states the optimizer keeps (2 for Adam); 0 before its first step."""
-        optimizer = self._optimizer.optimizer
-        if optimizer is None or not optimizer.state:
-            return 0
-        piece, state = max(optimizer.state.items(), key=lambda item: item[0].numel())
-        return sum(
-            isinstance(value, Tensor) and value.shape == piece.shape for value in state.values()
-        )
-
-    def _measure(self) -> None:
-        segments = [segment for unit in self._units for segment in unit.segments]
-        memory = self._context.memory
-        if self._context.stage.parameter is Placement.SHARD:
-            memory.set("parameters", storage_nbytes(segment.shard for segment in segments))
-        else:
-            memory.set("parameters", storage_nbytes(segment.full.tensor for segment in segments))
         self._hooks.measure_gradients()
         self._optimizer.measure_states()
+        return Report(
+            traffic=self._step_traffic,
+            memory=memory_report(self._units, self._optimizer.optimizer, self._context),
+            time=self._step_times,
+        )
 
     def _end_of_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._hooks.release_kept()
@@ -373,12 +340,18 @@ class Zero:
     # -- guards --------------------------------------------------------------------------------
 
     def _refuse_uninitialised(self, module: nn.Module, args: Any) -> None:
-        if self._uninitialised:
-            names = sorted(self._uninitialised)
+        if not self._uninitialised:
+            return
+        for name, buffer in self._model.named_buffers():
+            if not torch.isnan(buffer).all():
+                self._uninitialised.discard(name)  # filled by hand
+        names = sorted(self._uninitialised)
+        if names:
             raise ZerompiError(
                 f"{len(names)} tensors were on the meta device and have no values yet: "
                 f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}; call zero.load(...), or "
-                "give their modules a reset_parameters method"
+                "give their modules a reset_parameters method; buffers that no checkpoint holds can be "
+                "made on the host"
             )
 
     def _refuse_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -414,24 +387,27 @@ class Zero:
     def close(self) -> None:
         """Remove the hooks and free the communicators. Collective; a second call does nothing.
 
-        The model is left as it is: inside `with zero.gathered(writable=True)` copies can be taken before.
+        Until then the partition, and with it the model, stays alive. The model is left as it is: copies of
+        the parameters can be taken before, with `full_state_dict` or inside `gathered`.
         """
         if self._closed:
             return
+        self._agree("close of the partition")
         self._closed = True
-        atexit.unregister(self._exit)
+        atexit.unregister(self._at_exit)
         self._hooks.remove()
         self._optimizer.remove()
         for guard in self._guards:
             guard.remove()
-        del self._model.zero_grad
+        self._model.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        registry.forget(entry.parameter for entry in states.entries(self._units))
         for group in (self._context.replica_group, self._context.shard_group, self._context.world):
             if group is not None:
                 group.close()
 
     def _at_exit(self) -> None:
         """Tell ranks that still train that this one has ended, so that they do not wait for it."""
-        if not self._closed:
+        if not self._closed and not launch.is_alone():
             self._context.world.agree("end of the program")
 
     def __enter__(self) -> Zero:
@@ -458,44 +434,3 @@ def _held(unit: Unit) -> Iterator[None]:
         unit.reshard()
 
 
-def _call_if_alive(method: weakref.WeakMethod[Any]) -> None:
-    function = method()
-    if function is not None:
-        function()
-
-
-def _aliases(model: nn.Module, units: Sequence[Unit]) -> dict[str, str]:
-    """Other names of tied parameters -> the name under which they are kept."""
-    kept = {
-        id(parameter): name
-        for unit in units
-        for segment in unit.segments
-        for name, parameter in zip(segment.names, segment.parameters, strict=True)
-    }
-    return {
-        name: kept[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name != kept[id(parameter)]
-    }
-
-
-def _state_dict_error(
-    given: Mapping[str, Tensor],
-    model: nn.Module,
-    units: Sequence[Unit],
-    aliases: Mapping[str, str],
-) -> ZerompiError | None:
-    names = {aliases.get(name, name) for name in given}
-    expected = {entry.name: entry.shape for entry in states.entries(units)}
-    expected.update({n: tuple(b.shape) for n, b in states.persistent_buffers(model).items()})
-    problems = [f"missing {name}" for name in expected if name not in names]
-    problems += [f"unexpected {name}" for name in sorted(names) if name not in expected]
-    problems += [
-        f"{name}: expected shape {expected[aliases.get(name, name)]}, got {tuple(value.shape)}"
-        for name, value in given.items()
-        if aliases.get(name, name) in expected
-        and tuple(value.shape) != tuple(expected[aliases.get(name, name)])
-    ]
-    if not problems:
-        return None
-    return ZerompiError("sd is not a state dict of this model: " + "; ".join(problems[:20]))

@@ -43,7 +43,7 @@ def test_wrong_models_and_optimizers_are_refused(comm):
     with pytest.raises(ValueError, match="optimizer: expected parameters of the model"):
         zerompi.partition(model, stranger, comm=comm)
     zero = zerompi.partition(model, optimizer, comm=comm)
-    with pytest.raises(ValueError, match="model: expected a model that is not partitioned yet"):
+    with pytest.raises(ValueError, match="model: expected parameters that are not partitioned yet"):
         zerompi.partition(model, comm=comm)
     zero.close()
 
@@ -106,7 +106,7 @@ def test_optimizers_that_need_whole_tensors_work_at_stage_0(comm):
         torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])  # at 2 the optimizer sees what it sees at 3
 @pytest.mark.parametrize(
     "make",
     [

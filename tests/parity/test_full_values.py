@@ -62,9 +62,9 @@ def test_load_full_state_dict_refuses_another_models_and_changes_nothing(comm, s
         wrong = dict(before)
         wrong["extra"] = wrong.pop("head.weight")
         wrong["position"] = torch.zeros(3)
-        with pytest.raises(zerompi.ZerompiError, match=r"missing head\.weight") as error:
+        with pytest.raises(zerompi.ZerompiError, match=r"missing: head\.weight") as error:
             zero.load_full_state_dict(wrong)
-        assert "unexpected extra" in str(error.value)
+        assert "unexpected: extra" in str(error.value)
         assert "position: expected shape (9, 20), got (3,)" in str(error.value)
         after = zero.full_state_dict()
         assert all(torch.equal(after[key], before[key]) for key in before)

@@ -16,11 +16,11 @@ PACKAGE = Path(__file__).parents[2] / "zerompi"
 # A module or sub-package imports from its own layer and the layers below it only.
 LAYERS = [
     {"errors", "version", "dtypes", "layout", "placement", "report"},
-    {"launch", "arrays", "topology", "traffic", "nested"},
+    {"launch", "agreement", "arrays", "topology", "traffic", "nested"},
     {"collectives"},
     {"autograd", "precision", "units"},
-    {"segment", "unit", "buffers"},
-    {"hooks", "schedule", "optimizer", "meta", "state", "checkpoint"},
+    {"segment", "unit", "buffers", "registry"},
+    {"hooks", "schedule", "optimizer", "meta", "state", "checkpoint", "accounting"},
     {"zero", "api"},
     {"train", "cli"},
 ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from zerompi.checkpoint.agreement import agree_error, agreement
 from zerompi.checkpoint.directory import find_latest, remove_leftovers
-from zerompi.checkpoint.errors import CheckpointError
 from zerompi.checkpoint.reader import CheckpointReader
 from zerompi.checkpoint.table import Slice, TensorSpec, TensorTable
 from zerompi.checkpoint.writer import write_checkpoint
+from zerompi.errors import CheckpointError
 
 __all__ = [
     "CheckpointError",
@@ -15,8 +14,6 @@ __all__ = [
     "Slice",
     "TensorSpec",
     "TensorTable",
-    "agree_error",
-    "agreement",
     "find_latest",
     "remove_leftovers",
     "write_checkpoint",

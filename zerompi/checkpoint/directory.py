@@ -11,8 +11,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from zerompi.checkpoint.errors import CheckpointError
 from zerompi.checkpoint.state_file import STATE_NAME
+from zerompi.errors import CheckpointError
 
 _STEP = re.compile(r"step-([0-9]+)")
 _LEFTOVER = re.compile(

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zerompi.checkpoint.errors import CheckpointError
 from zerompi.checkpoint.safetensors_file import Header, StoredTensor, read_header
 from zerompi.checkpoint.shards import find_files, index_path
 from zerompi.checkpoint.state_file import (
@@ -25,6 +24,7 @@ from zerompi.checkpoint.state_file import (
     read_state,
 )
 from zerompi.checkpoint.table import TensorSpec
+from zerompi.errors import CheckpointError
 
 
 class _OpenFile(NamedTuple):

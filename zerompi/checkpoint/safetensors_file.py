@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from zerompi.checkpoint.errors import CheckpointError
 from zerompi.checkpoint.strict_json import parse_json
 from zerompi.checkpoint.table import TensorSpec
+from zerompi.errors import CheckpointError
 
 DTYPES = {
     "F64": torch.float64,

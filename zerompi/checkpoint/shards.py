@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from zerompi.checkpoint.errors import CheckpointError
 from zerompi.checkpoint.safetensors_file import Header, build_header
 from zerompi.checkpoint.strict_json import parse_json
 from zerompi.checkpoint.table import TensorSpec
+from zerompi.errors import CheckpointError
 
 DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000
 _PLAIN_NAME = re.compile(r"[^/\\\0\ud800-\udfff]+\.safetensors")

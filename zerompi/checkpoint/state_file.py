@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from zerompi.checkpoint.errors import CheckpointError
 from zerompi.checkpoint.strict_json import parse_json
+from zerompi.errors import CheckpointError
 from zerompi.version import __version__
 
 STATE_NAME = "state.json"

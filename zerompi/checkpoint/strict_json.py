@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from zerompi.checkpoint.errors import CheckpointError
+from zerompi.errors import CheckpointError
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:

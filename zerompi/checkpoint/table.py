@@ -12,8 +12,8 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from zerompi.checkpoint.agreement import agreement
-from zerompi.checkpoint.errors import CheckpointError
+from zerompi.agreement import agreement
+from zerompi.errors import CheckpointError
 
 
 class TensorSpec(NamedTuple):

@@ -15,9 +15,8 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from zerompi.checkpoint.agreement import agreement
+from zerompi.agreement import agreement
 from zerompi.checkpoint.directory import Replacement
-from zerompi.checkpoint.errors import CheckpointError
 from zerompi.checkpoint.shards import (
     DEFAULT_MAX_SHARD_NBYTES,
     ShardFile,
@@ -33,6 +32,7 @@ from zerompi.checkpoint.state_file import (
 )
 from zerompi.checkpoint.strict_json import check_json
 from zerompi.checkpoint.table import Slice, TensorTable, check_slices, check_tables
+from zerompi.errors import CheckpointError
 
 
 class _File(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Literal, cast
+from typing import Literal, NoReturn, cast
 
 import numpy as np
 import torch
@@ -206,6 +206,12 @@ class Group:
         if not self.is_closed and not MPI.Is_finalized():
             for comm in (self.inter_node_comm, self.node_comm, self.comm):
                 comm.Free()
+
+    def __reduce__(self) -> NoReturn:
+        raise ZerompiError(
+            "a partitioned model and its groups cannot be copied or pickled: copy before "
+            "zerompi.partition, or take zero.full_state_dict()"
+        )
 
     def __repr__(self) -> str:
         return f"Group(rank {self.rank} of {self.topology}, {self.algorithm})"

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 from mpi4py import MPI
 
-from zerompi.checkpoint.errors import CheckpointError
-from zerompi.errors import ZerompiError
+from zerompi.errors import CheckpointError, ZerompiError
 
 
 def agree_error(comm: MPI.Intracomm, error: Exception | None) -> None:

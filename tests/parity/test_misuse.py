@@ -1,0 +1,343 @@
+"""What used to be silently wrong, or to hang, is right or a clear error."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import zerompi
+from models import CASES, build, own_slice
+
+STAGES = [0, 1, 2, 3]
+
+
+@pytest.fixture(params=STAGES)
+def stage(request) -> int:
+    return request.param
+
+
+def step(comm, case, model, optimizer, number=0):
+    x, y = own_slice(case.batch(number), comm.rank, comm.size)
+    loss = case.loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_batch_more_on_one_rank_ends_with_an_error_on_all(comm, stage):
+    case = CASES["mlp"]
+    model, optimizer = build(case)
+
+    def train():
+        with zerompi.partition(model, optimizer, stage=stage, comm=comm):
+            for number in range(2 if comm.rank == 0 else 1):
+                step(comm, case, model, optimizer, number)
+
+    with pytest.raises(zerompi.MismatchError, match="close of the partition"):
+        train()
+
+
+@pytest.mark.mpi(min_size=4)
+def test_a_method_called_on_one_rank_ends_with_an_error_where_there_are_copies(comm):
+    case = CASES["mlp"]
+    model, optimizer = build(case)
+    topology = zerompi.Topology(comm, ranks_per_node=2)
+    zero = zerompi.partition(model, optimizer, comm=comm, shard_ranks=2, topology=topology)
+
+    def train():
+        if comm.rank == 0:
+            zero.full_state_dict()
+        step(comm, case, model, optimizer)
+
+    with pytest.raises(zerompi.MismatchError, match="full_state_dict"):
+        train()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_step_skipped_on_one_rank_ends_with_an_error(comm, stage):
+    case = CASES["mlp"]
+    model, optimizer = build(case)
+    zerompi.partition(model, optimizer, stage=stage, comm=comm)
+
+    def train():
+        x, y = own_slice(case.batch(0), comm.rank, comm.size)
+        case.loss(model(x), y).backward()
+        if comm.rank == 0:
+            optimizer.step()
+        step(comm, case, model, optimizer)
+
+    with pytest.raises(zerompi.MismatchError, match="optimizer step"):
+        train()
+
+
+def test_a_clipped_gradient_that_is_dropped_leaves_no_trace(comm, stage):
+    case = CASES["mlp"]
+    precision = zerompi.MixedPrecision(torch.bfloat16, torch.bfloat16, torch.float32)
+    states = []
+    for dropped in (False, True):
+        model, optimizer = build(case)
+        with zerompi.partition(
+            model, optimizer, stage=stage, comm=comm, mixed_precision=precision
+        ) as zero:
+            if dropped:
+                x, y = own_slice(case.batch(0), comm.rank, comm.size)
+                (case.loss(model(x), y) * float("nan")).backward()
+                assert zero.clip_grad_norm_(1.0).isnan()
+                optimizer.zero_grad()
+            step(comm, case, model, optimizer)
+            states.append(zero.full_state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("by", ["optimizer", "model"])
+@pytest.mark.parametrize("reduce_dtype", [None, torch.bfloat16])
+def test_zero_grad_to_zeros_starts_anew(comm, stage, reduce_dtype, by):
+    case = CASES["mlp"]
+    model, optimizer = build(case, "sgd")
+    precision = zerompi.MixedPrecision(torch.bfloat16, reduce_dtype, torch.float32)
+    x, y = own_slice(case.batch(0), comm.rank, comm.size)
+    with zerompi.partition(
+        model, optimizer, stage=stage, comm=comm, mixed_precision=precision
+    ) as zero:
+        norms = []
+        for _ in range(3):
+            case.loss(model(x), y).backward()
+            norms.append(zero.clip_grad_norm_(float("inf")).item())
+            {"optimizer": optimizer, "model": model}[by].zero_grad(set_to_none=False)
+        assert norms[1:] == norms[:1] * 2
+        before = zero.full_state_dict()
+        optimizer.step()  # of zeros
+        after = zero.full_state_dict()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_parameters_given_to_an_optimizer_after_partition_are_refused(comm, stage):
+    case = CASES["mlp"]
+    model, _ = build(case)
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    optimizer, second = torch.optim.SGD(weights, lr=0.1), torch.optim.SGD(others, lr=0.1)
+    zero = zerompi.partition(model, optimizer, stage=stage, comm=comm)
+    x, y = own_slice(case.batch(0), comm.rank, comm.size)
+    case.loss(model(x), y).backward()
+    with pytest.raises(zerompi.ZerompiError, match="param group 0 of SGD holds gain"):
+        second.step()
+    optimizer.add_param_group({"params": others})
+    with pytest.raises(zerompi.ZerompiError, match="param group 1 of SGD holds gain"):
+        optimizer.step()
+    zero.close()
+    second.step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.double(),
+        lambda model: model.half(),
+        lambda model: setattr(model.layers[0].weight, "data", torch.ones(13, 7)),
+    ],
+    ids=["double", "half", "data"],
+)
+def test_replaced_data_is_refused(comm, stage, change):
+    case = CASES["mlp"]
+    model, optimizer = build(case)
+    zero = zerompi.partition(model, optimizer, stage=stage, comm=comm)
+    change(model)
+    with pytest.raises(zerompi.ZerompiError, match="somebody has replaced the data of"):
+        model(case.batch(0)[0])
+    zero.close()
+
+
+def test_a_module_added_after_partition_is_refused(comm, stage):
+    case = CASES["mlp"]
+    model, optimizer = build(case)
+    zero = zerompi.partition(model, optimizer, stage=stage, comm=comm)
+    model.layers[4] = nn.Linear(5, 3)
+    with pytest.raises(zerompi.ZerompiError, match=r"layers\.4\.weight was not in the model"):
+        model(case.batch(0)[0])
+    zero.close()
+
+
+def test_models_that_share_a_module_are_refused(comm, stage):
+    encoder = nn.Linear(3, 3)
+    first, second = nn.Sequential(encoder, nn.Linear(3, 1)), nn.Sequential(encoder)
+    zero = zerompi.partition(first, stage=stage, comm=comm)
+    with pytest.raises(ValueError, match=r"not partitioned yet, got 0\.weight"):
+        zerompi.partition(second, stage=stage, comm=comm)
+    zero.close()
+    zerompi.partition(nn.Linear(3, 3), stage=stage, comm=comm).close()
+
+
+def test_gradients_that_bypass_the_loss_scale_are_refused(comm, stage):
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    precision = zerompi.MixedPrecision(loss_scale=64.0)
+    zero = zerompi.partition(
+        model, optimizer, stage=stage, comm=comm, units=[], mixed_precision=precision
+    )
+    with zero.gathered(), pytest.raises(zerompi.ZerompiError, match="loss scale is applied"):
+        model.weight.square().sum().backward()
+    zero.close()
+
+
+class Notes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Note() for _ in range(3))
+
+    def forward(self, x):
+        notes = []
+        for layer in self.layers:
+            x = layer(x, notes)
+        return x, notes
+
+
+class Note(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, notes):
+        x = self.linear(x)
+        notes.append(x.square().mean())
+        return x
+
+
+def test_a_list_passed_through_units_is_the_callers(comm, stage):
+    model = Notes()
+    with zerompi.partition(model, stage=stage, comm=comm):
+        _, notes = model(torch.randn(2, 4))
+        assert len(notes) == 3
+        sum(notes).backward()
+
+
+def test_a_buffer_assigned_anew_reaches_all_ranks(comm, stage):
+    model = nn.BatchNorm1d(3)
+    with zerompi.partition(model, stage=stage, comm=comm) as zero:
+        for number in range(5):
+            model.running_mean = torch.full((3,), float(number + comm.rank))
+            assert bool((zero.full_state_dict()["running_mean"] == number).all())
+
+
+def test_writing_one_module_leaves_the_others_without_values(comm):
+    with torch.device("meta"):
+        model = nn.Sequential(Unfilled(), Unfilled())
+    zero = zerompi.partition(model, comm=comm)
+    for index in range(2):
+        with pytest.raises(zerompi.ZerompiError, match="no values yet"):
+            model(torch.ones(2))
+        with zero.gathered(model[index], writable=True):
+            model[index].weight.data.fill_(1.0)
+    assert torch.equal(model(torch.ones(2)), torch.ones(2))
+    zero.close()
+
+
+class Unfilled(nn.Module):
+    """No reset_parameters: only the user knows what the values are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_buffers_that_nobody_has_filled_are_refused_after_load(comm):
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_buffer("frequencies", torch.empty(3, device="meta"), persistent=False)
+    state = model.state_dict()
+    zero = zerompi.partition(model, comm=comm)
+    zero.load_full_state_dict(state)
+    with pytest.raises(zerompi.ZerompiError, match="no values yet: frequencies"):
+        model(torch.ones(1, 2))
+    model.frequencies.fill_(1.0)
+    model(torch.ones(1, 2))
+    zero.close()
+
+
+def test_state_dict_of_a_cut_optimizer_is_refused(comm):
+    model, optimizer = build(CASES["mlp"])
+    state = optimizer.state_dict()
+    zero = zerompi.partition(model, optimizer, stage=1, comm=comm)
+    with pytest.raises(zerompi.ZerompiError, match=r"use zero\.save"):
+        optimizer.state_dict()
+    with pytest.raises(zerompi.ZerompiError, match=r"use zero\.load"):
+        optimizer.load_state_dict(state)
+    zero.close()
+
+
+def test_copies_of_a_partitioned_model_are_refused(comm):
+    model, optimizer = build(CASES["mlp"])
+    with (
+        zerompi.partition(model, optimizer, comm=comm),
+        pytest.raises(zerompi.ZerompiError, match="cannot be copied or pickled"),
+    ):
+        copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf"), 1000.0])
+def test_clipping_of_wide_and_complex_gradients(comm, stage, dtype, norm_type):
+    weight = torch.randn(3, 3, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    model = nn.Linear(3, 3, bias=False)
+    model.weight = nn.Parameter(weight.clone())
+    reference = nn.Parameter(weight.clone())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm) as zero:
+        with zero.gathered():
+            pass
+        model(torch.eye(3, dtype=dtype)).abs().square().sum().backward()
+        reference.abs().square().sum().backward()
+        norm = zero.clip_grad_norm_(0.5, norm_type)
+    if norm_type < 100:
+        expected = torch.nn.utils.clip_grad_norm_([reference], 0.5, norm_type)
+        torch.testing.assert_close(norm, expected, check_dtype=False)
+
+
+def test_an_empty_module_gathers_nothing(comm):
+    model = nn.Sequential(nn.ModuleList(), nn.Linear(2, 2))
+    with zerompi.partition(model, comm=comm) as zero, zero.gathered(model[0]):
+        assert bool(model[1].weight.isnan().all())
+
+
+def test_the_trial_step_leaves_the_optimizer_as_it_is(comm):
+    class Counting(torch.optim.SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+            self.seen = []
+
+        def step(self, closure=None):
+            self.seen.append(1)
+            return super().step(closure)
+
+    model = nn.Linear(2, 2)
+    optimizer = Counting(model.parameters(), lr=0.1)
+    with zerompi.partition(model, optimizer, comm=comm):
+        assert optimizer.seen == []
+
+
+def test_two_partitions_interleave_their_steps(comm, stage):
+    case = CASES["mlp"]
+    expected = []
+    model, optimizer = build(case)
+    for number in range(3):
+        x, y = case.batch(number)
+        loss = case.loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    pairs = [build(case) for _ in range(2)]
+    zeros = [zerompi.partition(*pair, stage=stage, comm=comm) for pair in pairs]
+    for number in range(3):
+        for pair in pairs:
+            mean = comm.allreduce(step(comm, case, *pair, number)) / comm.size
+            assert mean == pytest.approx(expected[number], rel=1e-5)
+    for zero in zeros:
+        zero.close()

@@ -1,0 +1,62 @@
+"""Memory of a partition by category, as measured and by the formula of the ZeRO paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zerompi.placement import Placement
+from zerompi.report import ElementBytes, MemoryReport, storage_nbytes, zero_formula
+from zerompi.segment import Context
+from zerompi.unit import Unit
+
+
+def memory_report(
+    units: Sequence[Unit], optimizer: Optimizer | None, context: Context
+) -> MemoryReport:
+    """What the ledger says, and what the formula says for these units and this optimizer."""
+    measure_parameters(units, context)
+    ledger = context.memory
+    return MemoryReport(dict(ledger.now), dict(ledger.peak), _formula(units, optimizer, context))
+
+
+def measure_parameters(units: Sequence[Unit], context: Context) -> None:
+    """Bring the parameters' entry of the memory ledger up to date."""
+    segments = [segment for unit in units for segment in unit.segments]
+    if context.stage.parameter is Placement.SHARD:
+        tensors = [segment.shard for segment in segments]
+    else:
+        tensors = [segment.full.tensor for segment in segments]
+    context.memory.set("parameters", storage_nbytes(tensors))
+
+
+def _formula(
+    units: Sequence[Unit], optimizer: Optimizer | None, context: Context
+) -> dict[str, float]:
+    total = dict.fromkeys(("parameters", "gradients", "optimizer_states"), 0.0)
+    tensors_per_element = _state_tensors_per_element(optimizer)
+    for unit in units:
+        for segment in unit.segments:
+            separate = segment.main_dtype is not segment.dtype
+            state_bytes = segment.main_dtype.itemsize * (tensors_per_element + separate)
+            per_element = ElementBytes(
+                parameter=segment.dtype.itemsize,
+                gradient=segment.reduce_dtype.itemsize if segment.trainable else 0,
+                optimizer_state=state_bytes if segment.trainable else 0,
+            )
+            part = zero_formula(
+                segment.layout.numel, context.shard_group.size, context.stage, per_element
+            )
+            for category, nbytes in part.items():
+                total[category] += nbytes
+    return total
+
+
+def _state_tensors_per_element(optimizer: Optimizer | None) -> int:
+    """How many elementwise states the optimizer keeps (2 for Adam); 0 before its first step."""
+    if optimizer is None or not optimizer.state:
+        return 0
+    piece, state = max(optimizer.state.items(), key=lambda item: item[0].numel())
+    return sum(isinstance(value, Tensor) and value.shape == piece.shape for value in state.values())
