@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -282,11 +282,14 @@ class Zero:
             }
         write_checkpoint(Path(path), model, optimizer_state, rest, comm)
 
-    def load(self, path: str | PathLike[str]) -> dict[str, Any]:
+    def load(
+        self, path: str | PathLike[str], *, names: Callable[[str], str | None] | None = None
+    ) -> dict[str, Any]:
         """Load a checkpoint, or the weights of a Hugging Face directory; return `extra`. Collective.
 
         Each rank reads its slices only. Any number of ranks and any stage may have written it. The
-        random generators are restored if the number of ranks is the same.
+        random generators are restored if the number of ranks is the same. `names` maps the stored name
+        of a weight or buffer to the model's; None leaves it out.
 
         Raises:
             ZerompiError: it is not of this model (on all ranks, before anything is overwritten).
@@ -297,7 +300,7 @@ class Zero:
         comm, optimizer = self._context.world.comm, self._optimizer.optimizer
         with ExitStack() as stack:
             with agreement(comm):
-                reader = stack.enter_context(CheckpointReader(Path(path)))
+                reader = stack.enter_context(CheckpointReader(Path(path), names=names))
                 states.check_model(reader, self._model, self._units, self._aliases)
                 if optimizer is not None and reader.state:
                     states.check_optimizer_state(reader, optimizer, self._units)
@@ -432,5 +435,3 @@ def _held(unit: Unit) -> Iterator[None]:
     finally:
         unit.holds -= 1
         unit.reshard()
-
-

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
+from harness.mpirun import MPIRun
 from zerompi.train.config import InputError
 from zerompi.train.data import ByteCodec, load_corpus, training_windows
-from zerompi.train.huggingface import make_codec, make_model, parameters_on_meta
+from zerompi.train.huggingface import make_codec, make_model, names_in_files, parameters_on_meta
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,6 +41,16 @@ def _save_tied_gpt2(directory: Path) -> None:
     )  # fmt: skip
     assert config.tie_word_embeddings
     transformers.GPT2LMHeadModel(config).save_pretrained(directory)
+
+
+def _save_gpt2_like_the_hub(directory: Path) -> None:
+    """As the first GPT-2 is stored: without the head's prefix, and with the masks of attention."""
+    _save_tied_gpt2(directory)
+    file = directory / "model.safetensors"
+    stored = {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
+    for layer in range(2):
+        stored[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    save_file(stored, file, metadata={"format": "pt"})
 
 
 def _unsharded_losses(directory: Path, steps: int, context: int, batch: int) -> list[float]:
@@ -68,8 +80,16 @@ def _unsharded_losses(directory: Path, steps: int, context: int, batch: int) -> 
     return losses
 
 
-@pytest.mark.parametrize("save", [_save_llama, _save_tied_gpt2])
-@pytest.mark.parametrize("recompute", [None, True])
+@pytest.mark.parametrize(
+    ("save", "recompute"),
+    [
+        (_save_llama, None),
+        (_save_llama, True),
+        (_save_tied_gpt2, None),
+        (_save_tied_gpt2, True),
+        (_save_gpt2_like_the_hub, None),
+    ],
+)
 def test_fine_tuning_follows_unsharded_torch_and_saves_what_transformers_loads(
     train: Callable[..., Any],
     tmp_path: Path,
@@ -88,6 +108,38 @@ def test_fine_tuning_follows_unsharded_torch_and_saves_what_transformers_loads(
     corpus = load_corpus(None, ByteCodec(), 16)
     assert saved.float().eval()(torch.from_numpy(corpus.held_out[:16].astype("int64"))[None])
     assert run.summary["run"]["parameters"] == sum(p.numel() for p in saved.parameters())
+
+
+def test_names_in_files_are_those_that_transformers_would_take(tmp_path: Path) -> None:
+    _save_tied_gpt2(tmp_path)
+    names = names_in_files(make_model(tmp_path, context=16, checkpoint_activations=False))
+    assert names("wte.weight") == names("transformer.wte.weight") == "transformer.wte.weight"
+    assert names("lm_head.weight") == "lm_head.weight"
+    assert names("h.1.attn.c_attn.bias") == "transformer.h.1.attn.c_attn.bias"
+    assert names("h.0.attn.bias") is None
+    assert names("layers.0.self_attn.rotary_emb.inv_freq") is None
+    assert names("h.7.mlp.c_fc.weight") == "h.7.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_weights_of_another_model_end_in_one_line(
+    run_mpi: Callable[..., MPIRun], tmp_path: Path, twice: bool
+) -> None:
+    _save_tied_gpt2(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    stored = load_file(file)
+    if twice:
+        stored["wte.weight"] = stored["transformer.wte.weight"].clone()
+        message = "transformer.wte.weight: expected one tensor, got"
+    else:
+        stored["h.7.mlp.c_fc.weight"] = torch.ones(2)
+        message = "the checkpoint is not of this model: unexpected: h.7.mlp.c_fc.weight"
+    save_file(stored, file, metadata={"format": "pt"})
+    words = f"train --model {tmp_path / 'model'} --out {tmp_path / 'out'} --context 16 --batch 4"
+    job = run_mpi(2, ["-m", "zerompi", *words.split()], timeout=60)
+    assert job.returncode == 2, job.output
+    assert job.stderr.count("error: ") == 1
+    assert f"error: --model: {tmp_path / 'model'}: {message}" in job.stderr
 
 
 def test_buffers_have_values_and_parameters_have_none(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -46,20 +46,28 @@ class CheckpointReader:
 
     Not collective. Opening reads the headers only; what has checksums is verified as it is read.
 
+    `names` gives the name under which a stored weight or buffer is to be known; None leaves it out.
+
     Attributes:
         model_specs: weights and buffers by name.
         optimizer_specs: tensors of the optimizer's state by name; empty where there are none.
         state: the content of `state.json`; empty for a Hugging Face directory.
 
     Raises:
-        CheckpointError: nothing readable is there, or it is damaged, cut off or of a newer format.
+        CheckpointError: nothing readable is there, or it is damaged, cut off or of a newer format; or
+            two tensors would have one name.
     """
 
     model_specs: dict[str, TensorSpec]
     optimizer_specs: dict[str, TensorSpec]
     state: dict[str, Any]
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        names: Callable[[str], str | None] | None = None,
+    ) -> None:
         self.path = Path(path)
         with ExitStack() as stack:
             try:
@@ -67,6 +75,8 @@ class CheckpointReader:
                 self._model = _open_files(self.path, "model", self.state, stack)
                 if not self.state and not self._model:
                     _refuse_without_model(self.path)
+                if names is not None:
+                    self._model = _renamed(self._model, names)
                 # Without a state.json such a file is not ours.
                 self._optimizer = (
                     _open_files(self.path, "optimizer", self.state, stack) if self.state else {}
@@ -145,6 +155,20 @@ def _read_state(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory}: expected a checkpoint directory, got {found}")
     path = directory / STATE_NAME
     return read_state(path) if path.exists() else {}
+
+
+def _renamed(places: Mapping[str, _Place], names: Callable[[str], str | None]) -> dict[str, _Place]:
+    stored_as: dict[str, str] = {}
+    for stored in places:
+        name = names(stored)
+        if name is None:
+            continue
+        if name in stored_as:
+            raise CheckpointError(
+                f"{name}: expected one tensor, got {stored_as[name]} and {stored}"
+            )
+        stored_as[name] = stored
+    return {name: places[stored] for name, stored in stored_as.items()}
 
 
 def _refuse_without_model(directory: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ _COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
 )
+# Buffers of earlier versions of transformers that models calculate today; no class lists them.
+_CALCULATED = r"rotary_emb\.inv_freq$"
 
 
 class TokenizerCodec:
@@ -77,6 +80,30 @@ def make_model(directory: Path, *, context: int, checkpoint_activations: bool) -
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
     return model.train()
+
+
+def names_in_files(model: nn.Module) -> Callable[[str], str | None]:
+    """For `zero.load`: the model's name of a tensor stored in a file; None if the model ignores it.
+
+    As `from_pretrained` does it: files of the model without its head lack the head's prefix (`wte.weight`
+    instead of `transformer.wte.weight`), and old files hold buffers that are calculated today.
+    """
+    known = set(model.state_dict())
+    calculated = {name for name, _ in model.named_buffers()} - known
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    ignored = [_CALCULATED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+
+    def name_in_model(stored: str) -> str | None:
+        for name in (stored, prefix + stored):
+            if name in known:
+                return name
+            if name in calculated:
+                return None
+        if any(re.search(pattern, stored) for pattern in ignored):
+            return None
+        return stored
+
+    return name_in_model
 
 
 def make_codec(directory: Path, vocabulary: int) -> Codec:

@@ -74,13 +74,14 @@ def prepare(config: TrainConfig, comm: MPI.Intracomm) -> Job:
     num_steps = config.num_steps(len(corpus.train))
     optimizer = _make_optimizer(model, config)
     numel = sum(parameter.numel() for parameter in model.parameters())
+    names = huggingface.names_in_files(model)  # before the partition takes the parameters
 
     torch.manual_seed(config.seed)  # rank 0 draws the initial values
     zero = agree(comm, lambda: _partition(model, optimizer, config, comm, units))
     scheduler = LambdaLR(optimizer, lr_factor(config.warmup, num_steps))
     if config.model is not None:
         directory = config.model
-        agree(comm, lambda: zero.load(directory))
+        agree(comm, lambda: _load_weights(zero, directory, names))
         optimizer.state.clear()  # the directory may be a checkpoint of another run
         _apply_settings(optimizer, scheduler, config)
     # Dropout differs from rank to rank.
@@ -157,6 +158,13 @@ def _partition(
         mixed_precision=mixed,
         shard_ranks=int(shard_ranks) if shard_ranks.isdigit() else shard_ranks,
     )
+
+
+def _load_weights(zero: zerompi.Zero, directory: str, names: Callable[[str], str | None]) -> None:
+    try:
+        zero.load(directory, names=names)
+    except zerompi.ZerompiError as error:
+        raise InputError(f"--model: {directory}: {error}") from error
 
 
 # -- optimizer ---------------------------------------------------------------------------------
