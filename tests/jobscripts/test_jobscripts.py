@@ -18,6 +18,8 @@ from harness.mpirun import ROOT, MPIRun, clean_environment
 
 SCRIPTS = ROOT / "jobscripts"
 SLURM = ROOT.parent / "shared" / "slurm"
+ALL_SCRIPTS = sorted(path.name for path in SCRIPTS.glob("*.sh"))
+SLURM_SCRIPTS = [name for name in ALL_SCRIPTS if name.startswith("slurm-")]
 IS_OPEN_MPI = MPI.get_vendor()[0] == "Open MPI"
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "32", "--batch", "4"]
 TINY += ["--eval-batches", "1", "--sample", "0", "--progress", "lines"]
@@ -122,7 +124,44 @@ def assert_ran_on_two_nodes(summary):
         assert summary["run"]["nodes"] == 2
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.sh")))
+def part(script, first, last):
+    """The text of a script from `first` to the end of the line with `last`, each found once."""
+    text = (SCRIPTS / script).read_text()
+    assert text.count(first) == 1, f"{script}: {first}"
+    start = text.index(first)
+    end = text.index("\n", text.index(last, start))
+    return text[start:end]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "scripts"),
+    [
+        ("# Arguments after the script's name", "# -- settings", SLURM_SCRIPTS),
+        ("# -- environment", "export OMP_NUM_THREADS", SLURM_SCRIPTS),
+        ("# -- run", "threads each: zerompi train", SLURM_SCRIPTS),
+        ("training=$!", 'exit "$status"', SLURM_SCRIPTS),
+        ("for module in", "bin/activate", ALL_SCRIPTS),
+        ("# wait returns at a signal", "done", ALL_SCRIPTS),
+    ],
+)
+def test_what_scripts_share_is_the_same_in_each(first, last, scripts):
+    """Each script is whole by itself, since users copy one of them and change it."""
+    texts = {part(script, first, last) for script in scripts}
+    assert len(texts) == 1, "\n====\n".join(texts)
+
+
+def test_a_setting_has_the_same_default_and_comment_in_each_script():
+    lines = {}
+    for script in ALL_SCRIPTS:
+        found = re.findall(r"^([A-Z_]+)=\$\{\1:-.*", (SCRIPTS / script).read_text(), re.MULTILINE)
+        assert {"OUT", "STEPS", "SAVE_EVERY", "CPU_BIND"} <= set(found)
+        for name in found:
+            lines.setdefault(name, set()).add(part(script, f"\n{name}=", f"{name}="))
+    differing = {name for name, texts in lines.items() if len(texts) > 1}
+    assert differing == {"CPU_BIND"}  # srun says cores, mpiexec core
+
+
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
 def test_script_is_clean(script):
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
