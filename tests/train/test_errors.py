@@ -37,6 +37,7 @@ def test_wrong_input_is_one_line_of_one_rank_and_status_2(
     (line,) = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in job.output
+    assert "abort" not in job.output.lower()
 
 
 def test_a_file_that_one_rank_cannot_read_ends_all(
