@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,17 @@ def _check(arguments: _Arguments, world: Group) -> None:
             raise ValueError(f"model: expected {name} on cpu or meta, got {parameter.device}")
         if parameter.layout is not torch.strided:
             raise ValueError(f"model: expected a dense {name}, got {parameter.layout}")
+        if parameter.is_meta and weakref.getweakrefs(parameter):
+            raise ValueError(
+                f"model: expected {name} on cpu, got meta, but something (an LSTM or GRU) refers to "
+                "it weakly; make that module on the host"
+            )
+    for name, module in arguments.model.named_modules():
+        if getattr(module, "max_norm", None) is not None:
+            raise ValueError(
+                f"model: expected embeddings without max_norm, got {name}, which changes its weight "
+                "in every forward on the rows that a rank has used"
+            )
     _shard_size(world.topology, arguments.shard_ranks)
     if arguments.optimizer is not None:
         sharded = STAGES[arguments.stage].optimizer_state is Placement.SHARD

@@ -44,15 +44,17 @@ class ModuleBuffers:
             }
             if not everything and _unchanged(buffers, seen):
                 continue
-            for buffer in buffers.values():
-                self._broadcast(buffer)
+            for key, buffer in buffers.items():
+                if not buffer.is_contiguous():  # perhaps expanded: elements share memory
+                    module._buffers[key] = buffers[key] = buffer.detach().contiguous()
+                self._broadcast(buffers[key])
             seen.clear()
             seen.update({key: (buffer, buffer._version) for key, buffer in buffers.items()})
 
     def _broadcast(self, buffer: Tensor) -> None:
         if self.world.size == 1 or not buffer.numel():
             return
-        values = buffer.detach().contiguous().clone()
+        values = buffer.detach().clone()
         broadcast(values, values, self.world)
         buffer.detach().copy_(values)
 

@@ -5,6 +5,7 @@
     before: unshard               gradient of an output arrives: unshard
     run the module                gradient of a parameter is complete: collect it into the bucket,
     after: reshard                    reduce the unit when it has all
+                                  a saved parameter is needed: unshard (saved.py)
                                   gradients of the inputs are complete: reshard
                                   end of backward: reduce what is left, reshard what nobody holds
 
@@ -14,7 +15,6 @@ created before any other of its forward, so when that node runs, the unit's back
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from zerompi.nested import iter_tensors, map_arguments, map_tensors
 from zerompi.placement import Placement
 from zerompi.precision import LossScaler
 from zerompi.report import storage_nbytes
+from zerompi.saved import SavedParameters
 from zerompi.schedule import Accumulation, Reductions
 from zerompi.segment import Context, Segment
 from zerompi.unit import Unit, UnitState
@@ -59,11 +60,15 @@ class Hooks:
         self._sharded = context.stage.parameter is Placement.SHARD
         self._end_is_queued = False
         self._kept: list[Unit] = []
-        self._running: Counter[Unit] = Counter()
+        # Per unit, for each of its running forwards, whether it saves tensors through us.
+        self._running: dict[Unit, list[bool]] = {unit: [] for unit in units}
+        self._saved = {unit: SavedParameters(unit, self._before_use) for unit in units}
         self._is_scaled = False
         self._handles: list[RemovableHandle] = []
         for unit in units:
             self._register(unit)
+        if self._sharded:
+            self._watch_modules()
 
     def _register(self, unit: Unit) -> None:
         for segment in unit.trainable:
@@ -88,6 +93,32 @@ class Hooks:
             unit.module.register_forward_hook(partial(after, unit), always_call=True)
         )
 
+    def _watch_modules(self) -> None:
+        """Notice modules that are called while their parameters are not here."""
+        owner = {id(p): unit for unit in self.units for s in unit.segments for p in s.parameters}
+        for name, module in self.model.named_modules():
+            own = module._parameters.values()
+            owners = {owner[id(parameter)] for parameter in own if parameter is not None}
+            owners = {unit for unit in owners if unit.module is not module}
+            if owners:
+                self._handles.append(
+                    module.register_forward_pre_hook(
+                        partial(self._refuse_outside, name, sorted(owners, key=self.units.index)),
+                        prepend=True,
+                    )
+                )
+
+    def _refuse_outside(
+        self, name: str, owners: Sequence[Unit], module: nn.Module, args: tuple[Any, ...]
+    ) -> None:
+        for unit in owners:
+            if unit.is_hidden:
+                raise ZerompiError(
+                    f"{name} was called outside the forward of {unit.name}, which gathers its "
+                    "parameters: call that module, make a unit of this one (units=), or use "
+                    "zero.gathered()"
+                )
+
     def remove(self) -> None:
         """Take all hooks away."""
         for handle in self._handles:
@@ -107,11 +138,14 @@ class Hooks:
     def _before_forward(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._running[unit] += 1
+        saves = self._sharded and torch.is_grad_enabled()
+        self._running[unit].append(False)
         unit.holds += 1
         unit.unshard()
-        if not self._sharded or not torch.is_grad_enabled():
+        if not saves:
             return None
+        self._saved[unit].push()
+        self._running[unit][-1] = True
 
         def mark(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
@@ -127,7 +161,8 @@ class Hooks:
     ) -> Any:
         if not self._running[unit]:
             return output  # called although a hook before ours has refused the forward
-        self._running[unit] -= 1
+        if self._running[unit].pop():
+            self._saved[unit].pop()
         unit.holds -= 1
         if self._sharded and output is not None:
             output = map_tensors(partial(_own_memory, unit), output)
@@ -226,6 +261,12 @@ class Hooks:
             # create_graph=True: the graph of this backward pass will read the parameters again.
             unit.holds += 1
             self._kept.append(unit)
+
+    def _before_use(self, unit: Unit) -> None:
+        """A saved parameter is needed: in a backward pass, or because somebody looks at the graph."""
+        if in_backward():
+            self._queue_end()
+        unit.unshard()
 
     def _after_backward(self, unit: Unit, gradient: Tensor) -> None:
         unit.reshard()

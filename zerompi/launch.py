@@ -235,7 +235,7 @@ def report_and_abort(
     MPI.COMM_WORLD.Abort(1)
 
 
-# What torch, the C++ library and the start of a thread say; on the host none has a class of its own.
+# What torch, the C++ library and the start of a thread say; on the host none has its own class.
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",

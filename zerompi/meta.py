@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -56,7 +56,7 @@ def initialise(model: nn.Module, units: Sequence[Unit], landed: set[int]) -> set
     modules_of: dict[Unit, list[nn.Module]] = {}
     for module in model.modules():
         own = [p for p in module._parameters.values() if p is not None and id(p) in landed]
-        if own and callable(getattr(module, "reset_parameters", None)):
+        if own and _reset_method(module) is not None:
             modules_of.setdefault(unit_of[id(own[0])], []).append(module)
     for unit, modules in modules_of.items():
         # A module may hold, beside its unit's, parameters that several units share.
@@ -78,7 +78,18 @@ def _reset(units: Sequence[Unit], modules: Sequence[nn.Module]) -> None:
         if units[0].context.world.rank == 0:
             with torch.no_grad():
                 for module in modules:
-                    module.reset_parameters()  # type: ignore[operator]
+                    method = _reset_method(module)
+                    if method is not None:
+                        method()
+
+
+def _reset_method(module: nn.Module) -> Callable[[], None] | None:
+    """`reset_parameters`, or `_reset_parameters` as in torch's attention and transformer modules."""
+    for name in ("reset_parameters", "_reset_parameters"):
+        method: Callable[[], None] | None = getattr(module, name, None)
+        if callable(method):
+            return method
+    return None
 
 
 def _without_values(model: nn.Module, units: Sequence[Unit]) -> set[str]:

@@ -87,7 +87,7 @@ class PieceOptimizer:
                         else value
                         for key, value in state.items()
                     }
-            group["params"] = pieces
+            group["params"][:] = pieces  # in place: LBFGS keeps the list
 
     # -- step ----------------------------------------------------------------------------------
 
@@ -99,6 +99,14 @@ class PieceOptimizer:
                 "closure: expected None with a loss scale or a reduce_dtype other than the main "
                 "weights' dtype, got a function; call backward() before step()"
             )
+        for unit in self.units:
+            for segment in unit.segments:
+                for name, parameter in zip(segment.names, segment.parameters, strict=True):
+                    if parameter.grad is not None:
+                        raise ZerompiError(
+                            f"{name}.grad was set by hand and would be ignored: the gradients of a "
+                            "partitioned model are those of the optimizer's pieces"
+                        )
         self._casts.close()  # a step that raised has left them open
         if self._overflows():
             # Without gradients torch's own code leaves weights, states and step counts alone.
@@ -189,7 +197,9 @@ class PieceOptimizer:
             for gradient in segment.gradients()
             if gradient.numel()
         ]
-        local = max(norms, default=0.0) if largest else math.fsum(_power(n, norm_type) for n in norms)
+        local = (
+            max(norms, default=0.0) if largest else math.fsum(_power(n, norm_type) for n in norms)
+        )
         if any(math.isnan(norm) for norm in norms):
             local = math.nan
         self.context.world.agree("norm of the gradients")

@@ -242,7 +242,9 @@ def check_optimizer_state(
     for full_name in [*reader.optimizer_specs, *plain.get("values", {})]:
         _, _, name = full_name.partition(".")
         if name not in known:
-            raise ZerompiError(f"the checkpoint has optimizer state for {name!r}, the model has not")
+            raise ZerompiError(
+                f"the checkpoint has optimizer state for {name!r}, the model has not"
+            )
 
 
 def read_optimizer(reader: CheckpointReader, optimizer: Optimizer, units: Sequence[Unit]) -> None:

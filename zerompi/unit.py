@@ -72,6 +72,11 @@ class Unit:
         self.state = UnitState.SHARDED
 
     @property
+    def is_hidden(self) -> bool:
+        """Whether the parameters read as NaN now."""
+        return self.state is UnitState.SHARDED and not self._lent
+
+    @property
     def has_gradients(self) -> bool:
         """Whether a gradient of this rank waits to be reduced."""
         return any(segment.bucket is not None for segment in self.trainable)

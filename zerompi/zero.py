@@ -19,13 +19,13 @@ from zerompi import state as states
 from zerompi.accounting import measure_parameters, memory_report
 from zerompi.agreement import agreement
 from zerompi.checkpoint import CheckpointReader, write_checkpoint
-from zerompi.errors import ZerompiError
+from zerompi.errors import MismatchError, ZerompiError
 from zerompi.hooks import Hooks
 from zerompi.optimizer import PieceOptimizer
 from zerompi.placement import Placement
 from zerompi.report import Report
 from zerompi.segment import Context
-from zerompi.unit import Unit, UnitState
+from zerompi.unit import Unit
 
 
 class Zero:
@@ -56,8 +56,8 @@ class Zero:
         self._hooks.buffers.synchronise()
         self._guards = [
             model.register_forward_pre_hook(self._refuse_uninitialised, prepend=True),
-            model.register_state_dict_pre_hook(self._refuse_state_dict),
             model.register_load_state_dict_pre_hook(self._refuse_load_state_dict),
+            *(m.register_state_dict_pre_hook(self._refuse_state_dict) for m in model.modules()),
         ]
         self._zero_grad = model.zero_grad
         model.zero_grad = self._zero_grad_of_pieces  # type: ignore[method-assign]
@@ -358,7 +358,7 @@ class Zero:
             )
 
     def _refuse_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if any(unit.state is UnitState.SHARDED for unit in self._units if unit.segments):
+        if any(unit.is_hidden for unit in self._units_of(module)):
             raise ZerompiError(
                 "model.state_dict() of a partitioned model: the parameters are not here; use "
                 "zero.full_state_dict(), or call it inside zero.gathered()"
@@ -411,7 +411,10 @@ class Zero:
     def _at_exit(self) -> None:
         """Tell ranks that still train that this one has ended, so that they do not wait for it."""
         if not self._closed and not launch.is_alone():
-            self._context.world.agree("end of the program")
+            try:
+                self._context.world.agree("end of the program")
+            except MismatchError as error:  # nobody else would see it: atexit swallows exceptions
+                launch.report_and_abort(type(error), error, error.__traceback__)
 
     def __enter__(self) -> Zero:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -341,3 +342,172 @@ def test_two_partitions_interleave_their_steps(comm, stage):
             assert mean == pytest.approx(expected[number], rel=1e-5)
     for zero in zeros:
         zero.close()
+
+
+# -- gradients that do not come through a unit's output ------------------------------------------
+
+
+class Feature(nn.Module):
+    """Keeps things beside its output: a penalty, and what its first half computed."""
+
+    def __init__(self, size: int = 6) -> None:
+        super().__init__()
+        self.inner = nn.Linear(size, size)
+        self.outer = nn.Linear(size, size)
+
+    def forward(self, x):
+        self.feature = torch.tanh(self.inner(x))
+        self.penalty = torch.tanh(self.outer(self.feature)).square().sum(-1).mean()
+        return self.outer(self.feature)
+
+
+class InPlace(nn.Module):
+    """Units whose outputs are changed in place, through views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 6), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, x):
+        return self.layers(x.unflatten(0, (1, -1))).squeeze(0)
+
+
+def features() -> nn.Module:
+    return nn.Sequential(Feature(), nn.Tanh(), Feature(), nn.Tanh(), Feature())
+
+
+KINDS = {
+    "penalties": (
+        features,
+        lambda m, x: m(x).square().mean() + sum(m[i].penalty for i in (0, 2, 4)),
+    ),
+    "penalties alone": (features, lambda m, x: m(x).sum() * 0 + sum(m[i].penalty for i in (0, 2))),
+    "a feature": (features, lambda m, x: (m(x), m[2].feature.square().mean())[1]),
+    "in place": (InPlace, lambda m, x: m(x).square().mean()),
+    "a distribution": (
+        features,
+        lambda m, x: -torch.distributions.Normal(m(x), 1.0).log_prob(x).mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_that_bypass_the_output_are_right(comm, stage, kind):
+    make, loss = KINDS[kind]
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        net = make()
+        nets.append((net, torch.optim.SGD(net.parameters(), lr=0.1)))
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(5))
+    n = 12 // comm.size
+    (reference, theirs), (model, ours) = nets
+    with zerompi.partition(model, ours, stage=stage, comm=comm) as zero:
+        for _ in range(3):
+            loss(reference, x).backward()
+            loss(model, x[comm.rank * n :][:n]).backward()
+            for optimizer in (theirs, ours):
+                optimizer.step()
+                optimizer.zero_grad()
+        state = zero.full_state_dict()
+    for key, value in reference.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("outer", ["save_on_cpu", "checkpoint"])
+def test_other_hooks_on_saved_tensors_still_work(comm, outer):
+    case = CASES["gpt"]
+    expected = {}
+    hooks = torch.autograd.graph.save_on_cpu if outer == "save_on_cpu" else nullcontext
+    for partitioned in (False, True):
+        model, optimizer = build(case)
+        if outer == "checkpoint":
+            for block in model.blocks:
+                original = block.forward
+                block.forward = lambda x, f=original: torch.utils.checkpoint.checkpoint(
+                    f, x, use_reentrant=False
+                )
+        zero = zerompi.partition(model, optimizer, comm=comm) if partitioned else None
+        x, y = own_slice(case.batch(0), comm.rank, comm.size) if partitioned else case.batch(0)
+        with hooks():
+            loss = case.loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if zero is None:
+            expected = model.state_dict()
+        else:
+            state = zero.full_state_dict()
+            for key, value in expected.items():
+                torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-4)
+            zero.close()
+
+
+def test_a_module_called_outside_its_unit_is_refused(comm):
+    model, optimizer = build(CASES["gpt"])
+    zero = zerompi.partition(model, optimizer, comm=comm)
+    with pytest.raises(
+        zerompi.ZerompiError, match=r"token was called outside the forward of \(root\)"
+    ):
+        model.token(torch.tensor([1]))
+    with zero.gathered():
+        assert model.token(torch.tensor([1])).isfinite().all()
+    zero.close()
+
+
+def test_gradients_set_by_hand_are_refused(comm, stage):
+    model, optimizer = build(CASES["mlp"])
+    zero = zerompi.partition(model, optimizer, stage=stage, comm=comm)
+    model.gain.grad = torch.ones(())
+    with pytest.raises(zerompi.ZerompiError, match=r"gain\.grad was set by hand"):
+        optimizer.step()
+    zero.close()
+
+
+def test_embeddings_that_renormalise_themselves_are_refused(comm):
+    with pytest.raises(ValueError, match="without max_norm"):
+        zerompi.partition(nn.Sequential(nn.Embedding(4, 2, max_norm=1.0)), comm=comm)
+
+
+def test_lbfgs_trains_at_stage_0(comm):
+    x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    results = []
+    for partitioned in (False, True):
+        torch.manual_seed(1)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5)
+        zero = zerompi.partition(model, optimizer, stage=0, comm=comm) if partitioned else None
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        results.append(zero.full_state_dict() if zero else model.state_dict())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
+    zero.close()
+
+
+def test_attention_on_the_meta_device_is_initialised(comm):
+    with torch.device("meta"):
+        model = nn.MultiheadAttention(4, 2)
+    with zerompi.partition(model, comm=comm) as zero:
+        assert all(value.isfinite().all() for value in zero.full_state_dict().values())
+
+
+def test_an_lstm_on_the_meta_device_is_refused_with_advice(comm):
+    with torch.device("meta"):
+        model = nn.LSTM(2, 3)
+    with pytest.raises(ValueError, match="make that module on the host"):
+        zerompi.partition(model, comm=comm)
+
+
+def test_expanded_buffers_are_synchronised(comm):
+    model = nn.Linear(2, 2)
+    model.register_buffer("scale", torch.full((1,), float(comm.rank)).expand(4))
+    with zerompi.partition(model, comm=comm) as zero:
+        assert torch.equal(zero.full_state_dict()["scale"], torch.zeros(4))

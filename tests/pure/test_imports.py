@@ -20,7 +20,7 @@ LAYERS = [
     {"collectives"},
     {"autograd", "precision", "units"},
     {"segment", "unit", "buffers", "registry"},
-    {"hooks", "schedule", "optimizer", "meta", "state", "checkpoint", "accounting"},
+    {"hooks", "saved", "schedule", "optimizer", "meta", "state", "checkpoint", "accounting"},
     {"zero", "api"},
     {"train", "cli"},
 ]

@@ -42,15 +42,15 @@ def _configure(config: str | None, **options: Any) -> TrainConfig:
 
 
 def _end_if_out_of_memory(error: BaseException) -> None:
-    """End the job with one line if that is what happened; the other ranks cannot be asked any more."""
+    """End the job with one line if that is what happened; the other ranks cannot be asked now."""
     if not is_out_of_memory(error):
         return
     world = MPI.COMM_WORLD
     said = str(error).strip().splitlines()
     detail = f" ({said[0]})" if said else ""
     print(
-        f"error: rank {world.rank}: out of memory{detail}: try --stage 3, more ranks, --dtype bfloat16, a "
-        "smaller --batch with --accumulate, or --checkpoint-activations",
+        f"error: rank {world.rank}: out of memory{detail}: try --stage 3, more ranks, --dtype bfloat16, "
+        "a smaller --batch with --accumulate, or --checkpoint-activations",
         file=sys.stderr,
         flush=True,
     )

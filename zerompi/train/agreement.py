@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 
 def agree_on_root(comm: MPI.Intracomm, work: Callable[[], _T]) -> _T:
-    """Do `work` on rank 0; all ranks return its result, or raise the same InputError. Collective."""
+    """Do `work` on rank 0; all ranks return its result, or raise one InputError. Collective."""
     result, text = _attempt(work) if comm.rank == 0 else (None, None)
     shared: tuple[_T, str | None] = comm.bcast((result, text), root=0)
     if shared[1] is not None:
@@ -26,8 +26,8 @@ def agree_on_root(comm: MPI.Intracomm, work: Callable[[], _T]) -> _T:
 def agree(comm: MPI.Intracomm, work: Callable[[], _T]) -> _T:
     """Do `work` on every rank; if it fails on one, all ranks raise the same InputError.
 
-    Collective. `work` must not communicate, unless it fails on all ranks or on none. A ValueError (InputError
-    is one), OSError or ZerompiError counts as bad input; running out of memory does not.
+    Collective. `work` must not communicate, unless it fails on all ranks or on none. A ValueError
+    (InputError is one), OSError or ZerompiError counts as bad input; running out of memory does not.
     """
     result, text = _attempt(work)
     texts: list[str | None] = comm.allgather(text)

@@ -57,11 +57,11 @@ def _older(path: Path) -> list[Path]:
 
 
 def prepare_output(config: TrainConfig, comm: MPI.Intracomm) -> Path | None:
-    """Make the output directory; return the checkpoint to continue from, if there is one. Collective.
+    """Make the output directory; return the checkpoint to continue from, or None. Collective.
 
     Raises:
-        InputError: `--resume` names no checkpoint, or the directory holds others that this run would
-            mix with, those of an earlier run or newer ones of its own; the same on all ranks.
+        InputError: `--resume` names no checkpoint, or the directory holds others that this run
+            would mix with, those of an earlier run or newer ones; the same on all ranks.
     """
     return agree_on_root(comm, lambda: _prepare(config))
 
@@ -74,8 +74,8 @@ def _prepare(config: TrainConfig) -> Path | None:
     if config.resume is None:
         if latest is not None:
             raise InputError(
-                f"--out: {config.out} has checkpoints of an earlier run; --resume continues from {latest.name}, "
-                "or choose another --out"
+                f"--out: {config.out} has checkpoints of an earlier run; --resume continues from "
+                f"{latest.name}, or choose another --out"
             )
         return None
     if config.resume == "latest":
@@ -86,7 +86,7 @@ def _prepare(config: TrainConfig) -> Path | None:
     # Else the next `--resume` would take the newest of a course that has been left.
     if latest is not None and not latest.samefile(path):
         raise InputError(
-            f"--resume: {path}: expected the latest checkpoint in --out, {latest}; to continue from this "
-            "one, choose another --out or remove those after it"
+            f"--resume: {path}: expected the latest checkpoint in --out, {latest}; to continue from "
+            "this one, choose another --out or remove those after it"
         )
     return path

@@ -35,7 +35,7 @@ _TRAINING, _EVALUATION, _OUTPUT = "Training", "Evaluation", "Output and checkpoi
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What `zerompi train` does. Field `eval_every` is option `--eval-every` and TOML key `eval-every`."""
+    """What `zerompi train` does. Field `eval_every` is option `--eval-every`, in TOML `eval-every`."""
 
     data: str | None = _option(
         None, _DATA, "Text file, or directory of text files. None: Python's own documentation."
@@ -158,8 +158,8 @@ class TrainConfig:
         passes = num_ranks * self.accumulate
         if self.batch % passes:
             raise InputError(
-                f"--batch: expected a multiple of {passes} ({num_ranks} ranks x {self.accumulate} passes), "
-                f"got {self.batch}"
+                f"--batch: expected a multiple of {passes} ({num_ranks} ranks x {self.accumulate} "
+                f"passes), got {self.batch}"
             )
         return self.batch // passes
 

@@ -120,8 +120,8 @@ def _check_vocabulary(corpus: Corpus, vocabulary: int) -> None:
     largest = int(max(corpus.train.max(), corpus.held_out.max()))
     if largest >= vocabulary:
         raise InputError(
-            f"--model: expected tokens below the vocabulary of {vocabulary}, got token {largest} from "
-            f"{corpus.codec.name}"
+            f"--model: expected tokens below the vocabulary of {vocabulary}, got token {largest} "
+            f"from {corpus.codec.name}"
         )
 
 

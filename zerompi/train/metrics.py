@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class MetricsLog:
     """OUT/metrics.jsonl and OUT/tensorboard.
 
-    Each line is one object with "kind" ("train" or "eval") and "step"; numbers that are not finite read null.
+    Each line is one object with "kind" ("train" or "eval") and "step"; numbers that are not finite
+    read null.
     """
 
     def __init__(self, out: Path, first_step: int) -> None:

@@ -24,8 +24,8 @@ def sample_continuation(
 ) -> list[int]:
     """`count` tokens after `prompt`, identical on all ranks.
 
-    Collective: the forward passes gather the parameters unit by unit, so that a model that fits no single rank
-    can be sampled. Rank 0 draws each token.
+    Collective: the forward passes gather the parameters unit by unit, so that a model that
+    fits no single rank can be sampled. Rank 0 draws each token.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
