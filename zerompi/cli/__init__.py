@@ -12,8 +12,8 @@ from io import TextIOWrapper
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; what console script `zerompi` calls. Ends with SystemExit.
 
-    Every rank of a job runs this with the same arguments. Only rank 0 writes to standard output, and
-    only rank 0 reports wrong usage: one line, and exit status 2 on all ranks.
+    Every rank of a job runs this with the same arguments. Only rank 0 writes to standard output,
+    and only rank 0 reports wrong usage: one line, and exit status 2 on all ranks.
     """
     from mpi4py import MPI
 

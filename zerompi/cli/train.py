@@ -18,8 +18,8 @@ from zerompi.train.config import TrainConfig, field_types, make_config, option_n
 
 _HELP = """Train a language model on text.
 
-Without options: a byte-level GPT on the documentation that every Python carries, its last tenth held
-out. Every option can also stand in a TOML file given with --config, under the same name; the
+Without options: a byte-level GPT on the documentation that every Python carries, its last tenth
+held out. Every option can also stand in a TOML file given with --config, under the same name; the
 command line wins. SIGTERM and SIGUSR1 save a checkpoint and end the run.
 """
 
@@ -49,8 +49,8 @@ def _end_if_out_of_memory(error: BaseException) -> None:
     said = str(error).strip().splitlines()
     detail = f" ({said[0]})" if said else ""
     print(
-        f"error: rank {world.rank}: out of memory{detail}: try --stage 3, more ranks, --dtype bfloat16, "
-        "a smaller --batch with --accumulate, or --checkpoint-activations",
+        f"error: rank {world.rank}: out of memory{detail}: try --stage 3, more ranks, --dtype "
+        "bfloat16, a smaller --batch with --accumulate, or --checkpoint-activations",
         file=sys.stderr,
         flush=True,
     )

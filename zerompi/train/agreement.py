@@ -27,7 +27,8 @@ def agree(comm: MPI.Intracomm, work: Callable[[], _T]) -> _T:
     """Do `work` on every rank; if it fails on one, all ranks raise the same InputError.
 
     Collective. `work` must not communicate, unless it fails on all ranks or on none. A ValueError
-    (InputError is one), OSError or ZerompiError counts as bad input; running out of memory does not.
+    (InputError is one), OSError or ZerompiError counts as bad input; running out of memory does
+    not.
     """
     result, text = _attempt(work)
     texts: list[str | None] = comm.allgather(text)

@@ -86,7 +86,7 @@ def _prepare(config: TrainConfig) -> Path | None:
     # Else the next `--resume` would take the newest of a course that has been left.
     if latest is not None and not latest.samefile(path):
         raise InputError(
-            f"--resume: {path}: expected the latest checkpoint in --out, {latest}; to continue from "
-            "this one, choose another --out or remove those after it"
+            f"--resume: {path}: expected the latest checkpoint in --out, {latest}; to continue "
+            "from this one, choose another --out or remove those after it"
         )
     return path

@@ -35,7 +35,7 @@ _TRAINING, _EVALUATION, _OUTPUT = "Training", "Evaluation", "Output and checkpoi
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What `zerompi train` does. Field `eval_every` is option `--eval-every`, in TOML `eval-every`."""
+    """What `zerompi train` does. Field `eval_every` is option `--eval-every`, TOML `eval-every`."""
 
     data: str | None = _option(
         None, _DATA, "Text file, or directory of text files. None: Python's own documentation."

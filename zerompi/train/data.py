@@ -102,8 +102,8 @@ def load_corpus(source: str | None, codec: Codec, context: int) -> Corpus:
     for part, tokens in (("first nine tenths", corpus.train), ("held-out tenth", corpus.held_out)):
         if len(tokens) < context + 1:
             raise InputError(
-                f"--data: {name}: expected at least --context + 1 = {context + 1} tokens in the {part}, "
-                f"got {len(tokens)}"
+                f"--data: {name}: expected at least --context + 1 = {context + 1} tokens in the "
+                f"{part}, got {len(tokens)}"
             )
     return corpus
 

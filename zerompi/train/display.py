@@ -131,8 +131,8 @@ def make_console(*, force_terminal: bool = False) -> Console:
 def _terminal() -> Path | None:
     """The terminal that standard output ends in; None if it does not end in one.
 
-    A launcher gives its ranks a pipe or a terminal of their own, whatever its own output is; so that is
-    looked up where the system shows it (Linux) and the launcher runs on this node.
+    A launcher gives its ranks a pipe or a terminal of their own, whatever its own output is; so
+    that is looked up where the system shows it (Linux) and the launcher runs on this node.
     """
     pid = os.getppid()
     outermost = None

@@ -33,9 +33,9 @@ def evaluate(
 ) -> Evaluation:
     """The loss over fixed windows of the held-out text.
 
-    Collective. The windows are the same for any number of ranks, and so is the order of summation. Where
-    they do not divide evenly a rank repeats the first window, for forward passes are collective too, and
-    its loss is left out.
+    Collective. The windows are the same for any number of ranks, and so is the order of summation.
+    Where they do not divide evenly a rank repeats the first window, for forward passes are
+    collective too, and its loss is left out.
 
     Args:
         model: partitioned; it is left in the mode (training or not) that it is in.

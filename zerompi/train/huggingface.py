@@ -85,8 +85,9 @@ def make_model(directory: Path, *, context: int, checkpoint_activations: bool) -
 def names_in_files(model: nn.Module) -> Callable[[str], str | None]:
     """For `zero.load`: the model's name of a tensor stored in a file; None if the model ignores it.
 
-    As `from_pretrained` does it: files of the model without its head lack the head's prefix (`wte.weight`
-    instead of `transformer.wte.weight`), and old files hold buffers that are calculated today.
+    As `from_pretrained` does it: files of the model without its head lack the head's prefix
+    (`wte.weight` instead of `transformer.wte.weight`), and old files hold buffers that are
+    calculated today.
     """
     known = set(model.state_dict())
     calculated = {name for name, _ in model.named_buffers()} - known
@@ -133,8 +134,8 @@ def companions(directory: Path) -> list[Path]:
 def parameters_on_meta() -> Iterator[None]:
     """Modules made inside have their parameters on the meta device and their buffers on the host.
 
-    With `torch.device("meta")` buffers would be lost as well, and those that no checkpoint holds, such
-    as the frequencies of rotary embeddings, could not come back.
+    With `torch.device("meta")` buffers would be lost as well, and those that no checkpoint holds,
+    such as the frequencies of rotary embeddings, could not come back.
     """
     register = nn.Module.register_parameter
 

@@ -70,9 +70,9 @@ def _introduce(job: Job, done: int, path: Path | None, display: Display) -> None
         f"unigram entropy {corpus.unigram_entropy:.3f} bits per byte"
     )
     display.say(
-        f"{job.numel:,} parameters, {config.dtype}, stage {config.stage}, {job.topology.size} ranks "
-        f"on {job.topology.num_nodes} node{'s' * (job.topology.num_nodes > 1)}; {job.num_steps} steps "
-        f"of {config.tokens_per_step:,} tokens"
+        f"{job.numel:,} parameters, {config.dtype}, stage {config.stage}, {job.topology.size} "
+        f"ranks on {job.topology.num_nodes} node{'s' * (job.topology.num_nodes > 1)}; "
+        f"{job.num_steps} steps of {config.tokens_per_step:,} tokens"
     )
     if path is not None:
         display.say(f"continuing from {path} after step {done}")
@@ -176,8 +176,8 @@ class _Run:
             rows=job.rows,
         )
         self.display.say(
-            f"step {step}: validation loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} bits "
-            f"per byte (unigram entropy {job.corpus.unigram_entropy:.3f})"
+            f"step {step}: validation loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} "
+            f"bits per byte (unigram entropy {job.corpus.unigram_entropy:.3f})"
         )
         if self.log is not None and step > self.done:
             self.log.write(
@@ -191,8 +191,8 @@ class _Run:
 
     def _say_stopped(self, number: int, step: int, path: Path) -> None:
         self.display.say(
-            f"stopped by {signal.Signals(number).name} after step {step}; saved {path}; the same command "
-            "with --resume continues"
+            f"stopped by {signal.Signals(number).name} after step {step}; saved {path}; the same "
+            "command with --resume continues"
         )
 
     def _finish(self, loss: float | None, evaluation: Evaluation) -> Summary:

@@ -20,7 +20,7 @@ class MetricsLog:
     """
 
     def __init__(self, out: Path, first_step: int) -> None:
-        """Open for steps from `first_step` on; what an earlier attempt wrote of these is dropped."""
+        """Open for steps from `first_step` on; what an earlier run wrote of these is dropped."""
         from tensorboardX import SummaryWriter
 
         path = out / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""The end of a run: bytes moved against the theory, memory against the formula, time, the result."""
+"""The end of a run: bytes moved against the theory, memory against the formula, time, result."""
 
 from __future__ import annotations
 
@@ -81,9 +81,10 @@ def traffic_theory(
 ) -> dict[str, float]:
     """Bytes that a rank sends per step, the mean over ranks, by label.
 
-    Rajbhandari et al., arXiv:1910.02054, section 7: 2 Psi elements at stages 0 to 2, 3 Psi at stage 3,
-    times (N - 1) / N; gradients travel as float32. At stage 3 the parameters travel twice in each
-    of the `passes` of a step. Between copies of MiCS (arXiv:2205.00119) the shard's gradients are all-reduced.
+    Rajbhandari et al., arXiv:1910.02054, section 7: 2 Psi elements at stages 0 to 2, 3 Psi at stage
+    3, times (N - 1) / N; gradients travel as float32. At stage 3 the parameters travel twice in
+    each of the `passes` of a step. Between copies of MiCS (arXiv:2205.00119) the shard's gradients
+    are all-reduced.
     """
     gradient_nbytes = 4
     size = num_shards * num_replicas
