@@ -13,8 +13,8 @@ from zerompi.errors import CheckpointError, ZerompiError
 def agree_error(comm: MPI.Intracomm, error: Exception | None) -> None:
     """Raise on all ranks if any rank has an error. Collective.
 
-    A rank with an error raises that (an OSError as CheckpointError); the others raise one of the same
-    class with the message `rank r: ...` of the lowest rank that has one.
+    A rank with an error raises that (an OSError as CheckpointError); the others raise one of the
+    same class with the message `rank r: ...` of the lowest rank that has one.
 
     Raises:
         ZerompiError, TypeError, ValueError: the rank's own error, or one of its class.

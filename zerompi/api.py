@@ -52,9 +52,9 @@ def partition(
 ) -> Zero:
     """Partition a model and its optimizer over the ranks of `comm`.
 
-    Collective: every rank of `comm` calls this with a model of the same structure. Training starts from
-    rank 0's parameters and buffers. Gradients are the mean over all ranks. The model and the optimizer
-    are changed in place: keep using them.
+    Collective: every rank of `comm` calls this with a model of the same structure. Training starts
+    from rank 0's parameters and buffers. Gradients are the mean over all ranks. The model and the
+    optimizer are changed in place: keep using them.
 
     Args:
         model: any module on the host or the meta device. Set `requires_grad` before.

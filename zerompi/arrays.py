@@ -87,8 +87,8 @@ def _from_numpy(name: str, array: np.ndarray[Any, Any], writable: bool) -> Tenso
 class _Lent:
     """A read-only array's memory as if it were writable.
 
-    torch has no read-only tensors and warns where it makes a writable one of a read-only array; what is
-    sent is never written.
+    torch has no read-only tensors and warns where it makes a writable one of a read-only array;
+    what is sent is never written.
     """
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:

@@ -13,14 +13,15 @@ Divide each rank's loss by the number of ranks to differentiate the mean. Double
 gradients are made of these functions themselves.
 
 Backward communicates. Every rank runs it, through the same collectives in the same order; autograd
-does so by itself where all ranks build the same graph. Where the tensor requires a gradient on one rank,
-the result requires one on all, so that a rank whose own tensor is a constant takes part in backward.
+does so by itself where all ranks build the same graph. Where the tensor requires a gradient on one
+rank, the result requires one on all, so that a rank whose own tensor is a constant takes part in
+backward.
 A rank whose loss does not depend on the result skips that backward: the others then raise
 MismatchError at the next collective at which this rank meets them, or wait for it if there is none.
 Add `0 * result.sum()` to the loss of such a rank.
 
-Tensors are on the host and of any dense layout; those that are not contiguous are copied first. Sums are those
-of `zerompi.collectives.reduce_scatter`: in rank order, narrow dtypes in float32.
+Tensors are on the host and of any dense layout; those that are not contiguous are copied first.
+Sums are those of `zerompi.collectives.reduce_scatter`: in rank order, narrow dtypes in float32.
 """
 
 from __future__ import annotations

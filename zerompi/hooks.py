@@ -9,8 +9,9 @@
                                   gradients of the inputs are complete: reshard
                                   end of backward: reduce what is left, reshard what nobody holds
 
-Autograd runs nodes in the reverse order of their creation. The inputs of a unit pass through a node that is
-created before any other of its forward, so when that node runs, the unit's backward is over.
+Autograd runs nodes in the reverse order of their creation. The inputs of a unit pass through a node
+that is created before any other of its forward, so when that node runs, the unit's backward is
+over.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from zerompi.unit import Unit
 def land(model: nn.Module) -> set[int] | None:
     """Put meta parameters and buffers on the host.
 
-    A parameter keeps its identity and gets no memory (it is a placeholder that reads as NaN); a buffer gets
-    memory, NaN if it is of a floating-point dtype, so that what nobody fills is noticed.
+    A parameter keeps its identity and gets no memory (it is a placeholder that reads as NaN); a
+    buffer gets memory, NaN if it is of a floating-point dtype, so that what nobody fills is
+    noticed.
 
     Returns:
         The ids of these parameters; None if nothing was on the meta device.

@@ -29,9 +29,9 @@ _SCALAR_STATES = frozenset({"step", "mu_product", "eta", "mu"})
 class PieceOptimizer:
     """Binds an optimizer to the pieces of a partition.
 
-    The parameters in `optimizer.param_groups` are replaced by this rank's pieces, their state by the pieces
-    of that state; everything else in the groups stays as it is. A pre-hook of `step` prepares the gradients, a
-    post-hook refreshes the parameters.
+    The parameters in `optimizer.param_groups` are replaced by this rank's pieces, their state by
+    the pieces of that state; everything else in the groups stays as it is. A pre-hook of `step`
+    prepares the gradients, a post-hook refreshes the parameters.
     """
 
     def __init__(

@@ -28,8 +28,8 @@ class MemoryLedger:
 
     parameters: the persistent copy in the parameter dtype. gradients: reduced gradients, and at
     stages 0 and 1 the full ones. optimizer_states: main weights that are a copy of their own, and
-    the optimizer's state. buffers: what lives for a moment (gathered parameters at stage 3, buckets at
-    stages 2 and 3, casts) and the model's own buffers.
+    the optimizer's state. buffers: what lives for a moment (gathered parameters at stage 3, buckets
+    at stages 2 and 3, casts) and the model's own buffers.
     """
 
     def __init__(self) -> None:
@@ -90,9 +90,9 @@ def zero_formula(
 ) -> dict[str, float]:
     """Bytes per rank that ZeRO needs for `numel` parameters, by category.
 
-    arXiv:1910.02054, section 3.1 and figure 1: with 2-byte parameters and gradients and K = 12 bytes of
-    optimizer state, 16 Psi at stage 0, 4 Psi + 12 Psi / N at stage 1, 2 Psi + 14 Psi / N at stage 2
-    and 16 Psi / N at stage 3.
+    arXiv:1910.02054, section 3.1 and figure 1: with 2-byte parameters and gradients and K = 12
+    bytes of optimizer state, 16 Psi at stage 0, 4 Psi + 12 Psi / N at stage 1, 2 Psi + 14 Psi / N
+    at stage 2 and 16 Psi / N at stage 3.
     """
 
     def share(placement: Placement) -> float:

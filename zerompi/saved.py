@@ -16,10 +16,10 @@ _autograd = torch._C._autograd
 class SavedParameters:
     """Saved-tensor hooks around the forward of a unit (see `torch.autograd.graph`).
 
-    Backward may need a parameter before, or without, a gradient of the unit's output: it flows through
-    something that the unit kept, or the output was changed in place. So a saved view of the unit's flat buffer asks
-    for the buffer when it is unpacked. Other tensors, and these hooks' own nesting, are left to the hooks
-    that were there before (activation checkpointing, offloading).
+    Backward may need a parameter before, or without, a gradient of the unit's output: it flows
+    through something that the unit kept, or the output was changed in place. So a saved view of the
+    unit's flat buffer asks for the buffer when it is unpacked. Other tensors, and these hooks' own
+    nesting, are left to the hooks that were there before (activation checkpointing, offloading).
 
     Args:
         unit: whose buffers are looked for.

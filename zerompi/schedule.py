@@ -30,9 +30,10 @@ class Accumulation:
 class Reductions:
     """Reduces units in one order that is the same on all ranks.
 
-    A unit is reduced when it is ready and all units before it in the order are reduced. The order is at
-    first the reverse of the model's, and after the first pass that reduces the one in which units became
-    ready on rank 0. So ranks never wait for each other crosswise, even if they use different parameters.
+    A unit is reduced when it is ready and all units before it in the order are reduced. The order
+    is at first the reverse of the model's, and after the first pass that reduces the one in which
+    units became ready on rank 0. So ranks never wait for each other crosswise, even if they use
+    different parameters.
     """
 
     def __init__(self, units: Sequence[Unit], world: Group) -> None:

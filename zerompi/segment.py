@@ -31,7 +31,8 @@ class Context:
     """What all units of one partition share.
 
     `world` is every rank of the partition. The ranks of `shard_group` hold one copy of the sharded
-    state together; `replica_group` joins the ranks that hold the same shard (None: there is one copy).
+    state together; `replica_group` joins the ranks that hold the same shard (None: there is one
+    copy).
     """
 
     stage: Stage
@@ -309,8 +310,8 @@ class Segment:
     def reduce(self, used: Sequence[bool], scale: float) -> None:
         """Reduce the bucket to `scale` times the sum over all ranks and install the gradients.
 
-        Collective. `used` says for each parameter whether any rank has a gradient for it; the others keep
-        the gradient that they have (None, usually).
+        Collective. `used` says for each parameter whether any rank has a gradient for it; the
+        others keep the gradient that they have (None, usually).
         """
         flat = self._bucket().tensor
         for i, present in enumerate(self.present):

@@ -95,8 +95,8 @@ class Topology:
     def delegate(self, node: int, owner: int) -> int:
         """The rank of `node` that handles, for its node, the block that rank `owner` owns.
 
-        The owner itself on its own node; elsewhere the rank in the same position, so that all ranks of a
-        node drive their own inter-node exchange.
+        The owner itself on its own node; elsewhere the rank in the same position, so that all ranks
+        of a node drive their own inter-node exchange.
         """
         ranks = self.ranks_of_node[node]
         return ranks[self.local_rank_of[owner] % len(ranks)]

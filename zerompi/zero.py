@@ -31,9 +31,9 @@ from zerompi.unit import Unit
 class Zero:
     """A partitioned model and its optimizer; made by `zerompi.partition`, not directly.
 
-    The model, the optimizer, LR schedulers and `loss.backward()` are used as without zerompi. What is
-    different: the optimizer holds this rank's pieces of the parameters, and at stage 3 a parameter
-    has values only inside the forward and backward of its unit and inside `gathered`.
+    The model, the optimizer, LR schedulers and `loss.backward()` are used as without zerompi. What
+    is different: the optimizer holds this rank's pieces of the parameters, and at stage 3 a
+    parameter has values only inside the forward and backward of its unit and inside `gathered`.
     """
 
     def __init__(
@@ -112,8 +112,9 @@ class Zero:
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients without communication: backward passes inside reduce nothing.
 
-        The next backward pass outside reduces the sum of all. Unreduced gradients take the memory of
-        the whole model's, in the reduce dtype, at every stage; an exception in a backward pass drops them.
+        The next backward pass outside reduces the sum of all. Unreduced gradients take the memory
+        of the whole model's, in the reduce dtype, at every stage; an exception in a backward pass
+        drops them.
         """
         self._check_open()
         self._hooks.accumulation.paused += 1
@@ -167,8 +168,9 @@ class Zero:
         """Full parameters of `module` (None: the model) are visible as ordinary tensors inside.
 
         Collective: every rank enters and leaves. Read-only, the parameters have the parameter dtype, and
-        forwards inside gather nothing. With `writable` they are the main weights; when the context ends
-        without an exception, rank 0's values are taken over on all ranks; forwards inside are refused.
+        forwards inside gather nothing. With `writable` they are the main weights; when the context
+        ends without an exception, rank 0's values are taken over on all ranks; forwards inside are
+        refused.
 
         Raises:
             ValueError: `module` is not part of the model.
@@ -201,9 +203,9 @@ class Zero:
         """Parameters (main weights: float32 under mixed precision) and buffers, on the host.
 
         Collective. Names and order are those of `model.state_dict()` before the partition; tied
-        parameters are one tensor under all their names. Buffers are rank 0's. Extra state of modules
-        (`get_extra_state`) is not included. With `rank0_only`, the other
-        ranks get an empty dict and no memory is taken there beyond one unit.
+        parameters are one tensor under all their names. Buffers are rank 0's. Extra state of
+        modules (`get_extra_state`) is not included. With `rank0_only`, the other ranks get an empty
+        dict and no memory is taken there beyond one unit.
         """
         self._agree(f"full_state_dict(rank0_only={rank0_only})")
         self._hooks.buffers.synchronise()
@@ -260,9 +262,10 @@ class Zero:
         """Write a checkpoint directory that is complete or absent. Collective.
 
         `model.safetensors` has the main weights and buffers under their Hugging Face names,
-        `optimizer.safetensors` the optimizer's state as `<state>.<parameter name>`, `state.json` the rest: the
-        optimizer's settings, the generators of all ranks, the loss scale, and `extra`, which must
-        be JSON (rank 0's is kept). Every rank writes its own byte ranges; none holds the whole model.
+        `optimizer.safetensors` the optimizer's state as `<state>.<parameter name>`, `state.json`
+        the rest: the optimizer's settings, the generators of all ranks, the loss scale, and
+        `extra`, which must be JSON (rank 0's is kept). Every rank writes its own byte ranges; none
+        holds the whole model.
 
         Raises:
             CheckpointError: it could not be written (on all ranks; what was at `path` is untouched).
@@ -288,8 +291,8 @@ class Zero:
         """Load a checkpoint, or the weights of a Hugging Face directory; return `extra`. Collective.
 
         Each rank reads its slices only. Any number of ranks and any stage may have written it. The
-        random generators are restored if the number of ranks is the same. `names` maps the stored name
-        of a weight or buffer to the model's; None leaves it out.
+        random generators are restored if the number of ranks is the same. `names` maps the stored
+        name of a weight or buffer to the model's; None leaves it out.
 
         Raises:
             ZerompiError: it is not of this model (on all ranks, before anything is overwritten).
@@ -390,8 +393,8 @@ class Zero:
     def close(self) -> None:
         """Remove the hooks and free the communicators. Collective; a second call does nothing.
 
-        Until then the partition, and with it the model, stays alive. The model is left as it is: copies of
-        the parameters can be taken before, with `full_state_dict` or inside `gathered`.
+        Until then the partition, and with it the model, stays alive. The model is left as it is:
+        copies of the parameters can be taken before, with `full_state_dict` or inside `gathered`.
         """
         if self._closed:
             return

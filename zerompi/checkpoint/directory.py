@@ -18,7 +18,8 @@ _STEP = re.compile(r"step-([0-9]+)")
 _LEFTOVER = re.compile(
     r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<host>.*)-(?P<pid>[0-9]+)-[0-9a-f]{8}", re.DOTALL
 )
-# A writer on another host cannot be asked; it counts as killed when it has written nothing for so long.
+# A writer on another host cannot be asked; it counts as killed when it has written nothing for so
+# long.
 _SILENT_SECONDS = 3600.0
 
 

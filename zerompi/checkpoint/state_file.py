@@ -17,7 +17,8 @@ from zerompi.version import __version__
 
 STATE_NAME = "state.json"
 FORMAT_VERSION = 1
-# A reader verifies whole pieces: shorter ones cost space in state.json, longer ones superfluous reading.
+# A reader verifies whole pieces: shorter ones cost space in state.json, longer ones superfluous
+# reading.
 PIECE_NBYTES = 4 << 20
 # More than a reader wants to hold at once.
 _MAX_PIECE_NBYTES = 64 << 20

@@ -55,8 +55,8 @@ def write_checkpoint(
     """Write a checkpoint directory that is complete or absent. Collective.
 
     `model.safetensors` and `optimizer.safetensors` are written by all ranks, each its own slices;
-    `state.json` has rank 0's `state`. An existing checkpoint at `path` is replaced at the end; parent
-    directories are created.
+    `state.json` has rank 0's `state`. An existing checkpoint at `path` is replaced at the end;
+    parent directories are created.
 
     Args:
         path: the final directory, the same on all ranks and on a file system that all share.

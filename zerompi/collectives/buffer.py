@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-# mallopt(3) of the GNU C library. Normally the threshold above which malloc maps memory of its own grows with
-# what is freed, up to 32 MiB; these are the values at the end of that growth.
+# mallopt(3) of the GNU C library. Normally the threshold above which malloc maps memory of its own
+# grows with what is freed, up to 32 MiB; these are the values at the end of that growth.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MAX_MMAP_THRESHOLD_NBYTES = 32 << 20
 _MIN_MAPPING_NBYTES = 64 << 10
@@ -38,8 +38,9 @@ def _own_mapping() -> Iterator[None]:
 class Buffer:
     """A 1-D tensor made by the group that will communicate it.
 
-    The tensor is one object for the buffer's life. `free` gives its memory back and `restore` takes new
-    memory for the same storage, so that views of the tensor, also those saved by autograd, are valid again.
+    The tensor is one object for the buffer's life. `free` gives its memory back and `restore` takes
+    new memory for the same storage, so that views of the tensor, also those saved by autograd, are
+    valid again.
     """
 
     def __init__(self, numel: int, dtype: torch.dtype) -> None:

@@ -95,8 +95,8 @@ class Group:
     def split(self, ranks_of_each: Sequence[Sequence[int]]) -> Group:
         """The group of this rank among disjoint groups that cover all ranks. Collective.
 
-        Ranks of the new group are numbered in the order in which their list has them. The algorithm is
-        chosen anew, as for `algorithm=None`.
+        Ranks of the new group are numbered in the order in which their list has them. The algorithm
+        is chosen anew, as for `algorithm=None`.
 
         Raises:
             ValueError: the lists do not hold each rank once; on every rank.
