@@ -11,12 +11,12 @@ import torch
 from mpi4py import MPI
 from safetensors.torch import load_file
 
+from zerompi.agreement import agree_error
 from zerompi.checkpoint import (
     CheckpointError,
     Slice,
     TensorSpec,
     TensorTable,
-    agree_error,
     write_checkpoint,
 )
 from zerompi.errors import MismatchError, ZerompiError
