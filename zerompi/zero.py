@@ -102,8 +102,12 @@ class Zero:
         Collective: every rank calls this, between `backward` and `optimizer.step()`.
 
         Returns:
-            The total norm of the mean gradient before clipping: float32, 0-dim, identical on all ranks;
-            inf or NaN if a gradient is.
+            The total norm of the mean gradient before clipping: 0-dim, float32 (float64 if the main
+            weights are), identical on all ranks; inf or NaN if a gradient is.
+
+        Raises:
+            ValueError: `norm_type` is not positive.
+            MismatchError: a rank does something else.
         """
         self._check_open()
         return self._optimizer.clip_grad_norm_(max_norm, norm_type)
