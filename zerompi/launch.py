@@ -127,6 +127,7 @@ def prepare_environment() -> None:
 # -- errors ------------------------------------------------------------------------------------
 
 _PID = os.getpid()  # children made by fork inherit the hooks, but are no ranks
+_FORWARDING = 0.3  # seconds that a launcher may take to pass on what a rank wrote before it aborts
 _EXIT_GRACE = 1.0  # seconds in which ranks that all leave with a failure may end by themselves
 
 
@@ -232,6 +233,7 @@ def report_and_abort(
     sys.stdout.flush()
     sys.stderr.write("".join(f"{mark} {line}\n" for line in lines))
     sys.stderr.flush()
+    time.sleep(_FORWARDING)
     MPI.COMM_WORLD.Abort(1)
 
 
