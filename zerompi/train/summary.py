@@ -206,7 +206,8 @@ def print_summary(summary: Summary, console: Console) -> None:
     table.add_row(
         "model", f"{run['parameters']:,} parameters, {run['dtype']}, stage {run['stage']}"
     )
-    table.add_row("job", f"{run['ranks']} ranks, {run['nodes']} nodes, {run['steps']} steps")
+    nodes = f"{run['nodes']} node{'s' * (run['nodes'] > 1)}"
+    table.add_row("job", f"{run['ranks']} ranks, {nodes}, {run['steps']} steps")
     table.add_row("speed", f"{run['tokens_per_second']:,.0f} tokens/s, {run['seconds']:.1f} s")
     table.add_row("training loss", f"{_shown(result['train_loss'], 4)} nats per token")
     table.add_row("validation loss", f"{_shown(result['validation_loss'], 4)} nats per token")
