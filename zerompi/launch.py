@@ -127,7 +127,7 @@ def prepare_environment() -> None:
 # -- errors ------------------------------------------------------------------------------------
 
 _PID = os.getpid()  # children made by fork inherit the hooks, but are no ranks
-_FORWARDING = 0.3  # seconds that a launcher may take to pass on what a rank wrote before it aborts
+_FORWARDING = 0.5  # seconds that a launcher may take to pass on what a rank wrote before it aborts
 _EXIT_GRACE = 1.0  # seconds in which ranks that all leave with a failure may end by themselves
 
 
@@ -198,6 +198,7 @@ def _abort_if_failed(code: object) -> None:
     time.sleep(_EXIT_GRACE)
     sys.stderr.write(f"{_mark()} left with sys.exit({code!r}): ending the job\n")
     sys.stderr.flush()
+    time.sleep(_FORWARDING)
     MPI.COMM_WORLD.Abort(status)
 
 
