@@ -61,6 +61,7 @@ class Hooks:
         self._sharded = context.stage.parameter is Placement.SHARD
         self._end_is_queued = False
         self._kept: list[Unit] = []
+        self._owner = {id(p): unit for unit in units for s in unit.segments for p in s.parameters}
         # Per unit, for each of its running forwards, whether it saves tensors through us.
         self._running: dict[Unit, list[bool]] = {unit: [] for unit in units}
         self._saved = {unit: SavedParameters(unit, self._before_use) for unit in units}
@@ -96,10 +97,9 @@ class Hooks:
 
     def _watch_modules(self) -> None:
         """Notice modules that are called while their parameters are not here."""
-        owner = {id(p): unit for unit in self.units for s in unit.segments for p in s.parameters}
         for name, module in self.model.named_modules():
             own = module._parameters.values()
-            owners = {owner[id(parameter)] for parameter in own if parameter is not None}
+            owners = {self._owner[id(parameter)] for parameter in own if parameter is not None}
             owners = {unit for unit in owners if unit.module is not module}
             if owners:
                 self._handles.append(
@@ -216,9 +216,8 @@ class Hooks:
         if self._end_is_queued:
             self._end_is_queued = False
             self.discard_gradients()
-        known = {id(p) for unit in self.units for s in unit.segments for p in s.parameters}
         for name, parameter in self.model.named_parameters():
-            if id(parameter) not in known:
+            if id(parameter) not in self._owner:
                 raise ZerompiError(
                     f"{name} was not in the model when it was partitioned: change the model before "
                     "zerompi.partition"

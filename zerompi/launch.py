@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple, NoReturn
@@ -191,15 +191,10 @@ def _abort_if_failed(code: object) -> None:
     status = 0 if code is None else code & 0xFF if isinstance(code, int) else 1
     if status == 0 or is_alone():
         return
-    from mpi4py import MPI
-
-    sys.stdout.flush()
     # Where all ranks leave because of the same failure, each has said why before the first aborts.
+    sys.stdout.flush()
     time.sleep(_EXIT_GRACE)
-    sys.stderr.write(f"{_mark()} left with sys.exit({code!r}): ending the job\n")
-    sys.stderr.flush()
-    time.sleep(_FORWARDING)
-    MPI.COMM_WORLD.Abort(status)
+    _write_and_abort([f"left with sys.exit({code!r}): ending the job"], status)
 
 
 def is_alone() -> bool:
@@ -211,31 +206,30 @@ def is_alone() -> bool:
     return not MPI.Is_initialized() or MPI.Is_finalized() or MPI.COMM_WORLD.size == 1
 
 
-def _mark() -> str:
+def _write_and_abort(lines: Sequence[str], status: int) -> None:
+    """Write lines with this rank's mark, give the launcher time to pass them on, end all ranks."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
-    return f"[rank {world.rank} of {world.size} on {socket.gethostname()}]"
+    mark = f"[rank {world.rank} of {world.size} on {socket.gethostname()}]"
+    sys.stdout.flush()
+    sys.stderr.write("".join(f"{mark} {line}\n" for line in lines))
+    sys.stderr.flush()
+    time.sleep(_FORWARDING)
+    world.Abort(status)
 
 
 def report_and_abort(
     kind: type[BaseException], value: BaseException, trace: TracebackType | None
 ) -> None:
     """Print the traceback with this rank's mark, then end all ranks of COMM_WORLD with status 1."""
-    from mpi4py import MPI
-
-    mark = _mark()
     lines = "".join(traceback.format_exception(kind, value, trace)).splitlines()
     if is_out_of_memory(value):
         lines.append(
             "out of memory: a higher stage, more ranks, mixed_precision, smaller batches with "
             "zero.accumulate, or torch.utils.checkpoint need less"
         )
-    sys.stdout.flush()
-    sys.stderr.write("".join(f"{mark} {line}\n" for line in lines))
-    sys.stderr.flush()
-    time.sleep(_FORWARDING)
-    MPI.COMM_WORLD.Abort(1)
+    _write_and_abort(lines, 1)
 
 
 # What torch, the C++ library and the start of a thread say; on the host none has its own class.
