@@ -204,3 +204,11 @@ def own_slice(batch: Batch, rank: int, size: int) -> Batch:
     n = GLOBAL_BATCH // size
     x, y = batch
     return x[rank * n : (rank + 1) * n], y[rank * n : (rank + 1) * n]
+
+
+def assert_same_weights(
+    state: dict[str, Tensor], reference: nn.Module, rtol: float = 1e-4, atol: float = 1e-5
+) -> None:
+    """A full state dict has the weights of the unsharded model."""
+    for key, value in reference.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=rtol, atol=atol)

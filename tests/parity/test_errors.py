@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import zerompi
-from models import CASES, build, own_slice
+from models import CASES, assert_same_weights, build, own_slice
 
 
 def last(comm) -> bool:
@@ -48,32 +48,45 @@ def test_wrong_models_and_optimizers_are_refused(comm):
     zero.close()
 
 
-class Whitening(torch.optim.Optimizer):
+class Descent(torch.optim.Optimizer):
+    """An optimizer of a user's own; a subclass says in which direction."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(self.direction(p.grad), alpha=group["lr"])
+
+
+class Whitening(Descent):
     """Needs whole tensors: divides each gradient by its norm, as LAMB and Muon do in their ways."""
 
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(p.grad / p.grad.norm(), alpha=group["lr"])
+    def direction(self, gradient):
+        return gradient / gradient.norm()
 
 
-class SignSGD(torch.optim.Optimizer):
-    """An elementwise optimizer of a user's own."""
+class SignSGD(Descent):
+    """Elementwise."""
 
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
+    def direction(self, gradient):
+        return gradient.sign()
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(p.grad.sign(), alpha=group["lr"])
+
+def train_beside(comm, case, whole, part, steps):
+    """`steps` steps of an unsharded (model, optimizer), and of a partitioned one on this rank's part."""
+    for step in range(steps):
+        batch = case.batch(step)
+        for (model, optimizer), (x, y) in (
+            (whole, batch),
+            (part, own_slice(batch, comm.rank, comm.size)),
+        ):
+            case.loss(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -93,17 +106,9 @@ def test_optimizers_that_need_whole_tensors_work_at_stage_0(comm):
     theirs = Whitening(reference.parameters(), lr=0.01)
     ours = Whitening(model.parameters(), lr=0.01)
     with zerompi.partition(model, ours, stage=0, comm=comm) as zero:
-        for step in range(3):
-            x, y = case.batch(step)
-            case.loss(reference(x), y).backward()
-            x, y = own_slice((x, y), comm.rank, comm.size)
-            case.loss(model(x), y).backward()
-            for optimizer in (theirs, ours):
-                optimizer.step()
-                optimizer.zero_grad()
+        train_beside(comm, case, (reference, theirs), (model, ours), 3)
         state = zero.full_state_dict()
-    for key, value in reference.state_dict().items():
-        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
+    assert_same_weights(state, reference)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])  # at 2 the optimizer sees what it sees at 3
@@ -142,17 +147,9 @@ def test_every_elementwise_optimizer_works(comm, stage, make):
     model, _ = build(case)
     theirs, ours = make(reference.parameters()), make(model.parameters())
     with zerompi.partition(model, ours, stage=stage, comm=comm) as zero:
-        for step in range(4):
-            x, y = case.batch(step)
-            case.loss(reference(x), y).backward()
-            x, y = own_slice((x, y), comm.rank, comm.size)
-            case.loss(model(x), y).backward()
-            for optimizer in (theirs, ours):
-                optimizer.step()
-                optimizer.zero_grad()
+        train_beside(comm, case, (reference, theirs), (model, ours), 4)
         state = zero.full_state_dict()
-    for key, value in reference.state_dict().items():
-        torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-4)
+    assert_same_weights(state, reference, rtol=1e-3, atol=1e-4)
 
 
 def test_state_of_an_optimizer_that_has_stepped_before_is_kept(comm):
@@ -172,8 +169,7 @@ def test_state_of_an_optimizer_that_has_stepped_before_is_kept(comm):
         case.loss(model(x), y).backward()
         ours.step()
         state = zero.full_state_dict()
-    for key, value in reference.state_dict().items():
-        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
+    assert_same_weights(state, reference)
 
 
 # -- ranks that disagree -----------------------------------------------------------------------
