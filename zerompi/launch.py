@@ -206,17 +206,32 @@ def is_alone() -> bool:
     return not MPI.Is_initialized() or MPI.Is_finalized() or MPI.COMM_WORLD.size == 1
 
 
-def _write_and_abort(lines: Sequence[str], status: int) -> None:
-    """Write lines with this rank's mark, give the launcher time to pass them on, end all ranks."""
+def abort(text: str, status: int = 1) -> NoReturn:
+    """Write `text` to standard error and end all ranks of the job; does not return.
+
+    The launcher gets time to pass the text on first: some drop what a rank wrote just before it
+    aborted. MPI_Abort itself may fail where no memory is left; then this process ends by itself,
+    and the launcher ends the others.
+    """
+    from mpi4py import MPI
+
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    time.sleep(_FORWARDING)
+    try:
+        MPI.COMM_WORLD.Abort(status)
+    finally:
+        os._exit(status)
+
+
+def _write_and_abort(lines: Sequence[str], status: int) -> NoReturn:
+    """Write lines with this rank's mark, then end all ranks."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
     mark = f"[rank {world.rank} of {world.size} on {socket.gethostname()}]"
-    sys.stdout.flush()
-    sys.stderr.write("".join(f"{mark} {line}\n" for line in lines))
-    sys.stderr.flush()
-    time.sleep(_FORWARDING)
-    world.Abort(status)
+    abort("".join(f"{mark} {line}\n" for line in lines), status)
 
 
 def report_and_abort(

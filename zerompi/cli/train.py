@@ -13,7 +13,7 @@ from typing import Any, Optional
 import typer
 from mpi4py import MPI
 
-from zerompi.launch import is_out_of_memory
+from zerompi.launch import abort, is_out_of_memory
 from zerompi.train.config import TrainConfig, field_types, make_config, option_name, read_toml
 
 _HELP = """Train a language model on text.
@@ -48,15 +48,14 @@ def _end_if_out_of_memory(error: BaseException) -> None:
     world = MPI.COMM_WORLD
     said = str(error).strip().splitlines()
     detail = f" ({said[0]})" if said else ""
-    print(
+    text = (
         f"error: rank {world.rank}: out of memory{detail}: try --stage 3, more ranks, --dtype "
-        "bfloat16, a smaller --batch with --accumulate, or --checkpoint-activations",
-        file=sys.stderr,
-        flush=True,
+        "bfloat16, a smaller --batch with --accumulate, or --checkpoint-activations\n"
     )
     if world.size == 1:
+        sys.stderr.write(text)
         sys.exit(1)
-    world.Abort(1)
+    abort(text)
 
 
 def _command() -> Callable[..., Callable[[], None]]:
