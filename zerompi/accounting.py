@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zerompi.placement import Placement
-from zerompi.report import ElementBytes, MemoryReport, storage_nbytes, zero_formula
+from zerompi.report import ElementBytes, MemoryReport, zero_formula
 from zerompi.segment import Context
 from zerompi.unit import Unit
 
@@ -24,12 +23,8 @@ def memory_report(
 
 def measure_parameters(units: Sequence[Unit], context: Context) -> None:
     """Bring the parameters' entry of the memory ledger up to date."""
-    segments = [segment for unit in units for segment in unit.segments]
-    if context.stage.parameter is Placement.SHARD:
-        tensors = [segment.shard for segment in segments]
-    else:
-        tensors = [segment.full.tensor for segment in segments]
-    context.memory.set("parameters", storage_nbytes(tensors))
+    nbytes = sum(segment.parameter_nbytes for unit in units for segment in unit.segments)
+    context.memory.set("parameters", nbytes)
 
 
 def _formula(
@@ -46,8 +41,13 @@ def _formula(
                 gradient=segment.reduce_dtype.itemsize if segment.trainable else 0,
                 optimizer_state=state_bytes if segment.trainable else 0,
             )
+            group = context.shard_group
             part = zero_formula(
-                segment.layout.numel, context.shard_group.size, context.stage, per_element
+                segment.layout.numel,
+                group.size,
+                context.stage,
+                per_element,
+                group.node_comm.size if segment.is_node_copy else 1,
             )
             for category, nbytes in part.items():
                 total[category] += nbytes

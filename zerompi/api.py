@@ -17,6 +17,7 @@ from zerompi.collectives.group import Group
 from zerompi.errors import MismatchError
 from zerompi.launch import check_world
 from zerompi.optimizer import check_optimizer
+from zerompi.place import place
 from zerompi.placement import STAGES, Placement
 from zerompi.precision import MixedPrecision
 from zerompi.registry import is_partitioned
@@ -90,6 +91,7 @@ def partition(
     context = Context(STAGES[stage], world, shard_group, replica_group, precision)
     landed = meta.land(model)
     made = [Unit(plan, context) for plan in plans]
+    place(made, context)
     for unit in made:
         for segment in unit.segments:
             segment.adopt()

@@ -27,9 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from zerompi.buffers import ModuleBuffers
 from zerompi.errors import ZerompiError
 from zerompi.nested import iter_tensors, map_arguments, map_tensors
-from zerompi.placement import Placement
 from zerompi.precision import LossScaler
-from zerompi.report import storage_nbytes
 from zerompi.saved import SavedParameters
 from zerompi.schedule import Accumulation, Reductions
 from zerompi.segment import Context, Segment
@@ -56,9 +54,9 @@ class Hooks:
         self.context = context
         self.scaler = scaler
         self.accumulation = Accumulation()
-        self.reductions = Reductions(units, context.world)
+        self.reductions = Reductions(units, context)
         self.buffers = ModuleBuffers(model, context.world)
-        self._sharded = context.stage.parameter is Placement.SHARD
+        self._sharded = not all(unit.is_resident for unit in units)
         self._end_is_queued = False
         self._kept: list[Unit] = []
         self._owner = {id(p): unit for unit in units for s in unit.segments for p in s.parameters}
@@ -230,6 +228,13 @@ class Hooks:
                         f"parameters of {unit.name} were frozen when the model was partitioned and "
                         "require a gradient now: set requires_grad before zerompi.partition"
                     )
+                name_of_changed = segment.changed()
+                if name_of_changed is not None:
+                    raise ZerompiError(
+                        f"{name_of_changed} was changed in place, once by each rank, but the ranks of "
+                        "a node have one copy of it together: change it inside "
+                        "zero.gathered(writable=True)"
+                    )
                 name_of_replaced = segment.replaced(visible=visible)
                 if name_of_replaced is not None:
                     raise ZerompiError(
@@ -243,9 +248,7 @@ class Hooks:
         self._is_scaled = False
         self.reductions.reset()
         for unit in self.units:
-            for segment in unit.trainable:
-                segment.discard_gradients()
-                segment.collected = 0
+            unit.discard_gradients()
 
     # -- backward ------------------------------------------------------------------------------
 
@@ -316,15 +319,8 @@ class Hooks:
 
     def measure_gradients(self) -> None:
         """Bring the gradients' entry of the memory ledger up to date."""
-        self.context.memory.set(
-            "gradients",
-            storage_nbytes(
-                tensor
-                for unit in self.units
-                for segment in unit.trainable
-                for tensor in segment.gradient_tensors()
-            ),
-        )
+        nbytes = sum(s.gradient_nbytes for unit in self.units for s in unit.trainable)
+        self.context.memory.set("gradients", nbytes)
 
 
 def _own_memory(unit: Unit, tensor: Tensor) -> Tensor:

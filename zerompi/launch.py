@@ -114,14 +114,18 @@ def threads_per_rank(local_size: int) -> int:
 
 
 def prepare_environment() -> None:
-    """Let waiting ranks of MPICH sleep for a moment where there are more ranks than cores.
+    """Settings of MPI libraries, before MPI is initialised; what the user has set stays.
 
-    Otherwise they poll, and take the core from the rank that they wait for. Costs some 0.1 ms of
-    latency, so not where every rank has a core. Open MPI knows by itself. Must run before MPI is
-    initialised; what the user has set stays.
+    MPICH: waiting ranks sleep for a moment where there are more ranks than cores. Otherwise they
+    poll, and take the core from the rank that they wait for. Costs some 0.1 ms of latency, so not
+    where every rank has a core. Open MPI knows by itself.
+
+    Open MPI: one-sided communication without UCX, which prints an error for each of our windows of
+    shared memory on machines without a network that it knows. It plays no part in these windows.
     """
     if not _is_bound() and local_ranks() > num_cores():
         os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
 
 
 # -- errors ------------------------------------------------------------------------------------

@@ -151,15 +151,20 @@ class PieceOptimizer:
             self.refresh()
         self.measure_states()
 
-    def refresh(self) -> None:
-        """Bring all trainable parameters up to date with the main weights. Collective."""
+    def refresh(self, *, everything: bool = False) -> None:
+        """Bring the parameters up to date with the main weights. Collective.
+
+        Those that are trained; with `everything` the frozen ones, too.
+        """
         with self.context.times.phase("refresh"):
-            gathers = self.context.stage.parameter is not self.context.stage.optimizer_state
             for unit in self.units:
-                if gathers and unit.trainable:
+                segments = unit.segments if everything else unit.trainable
+                if any(segment.refresh_gathers for segment in segments):
                     self.context.world.agree(f"refresh of the parameters of {unit.name}")
-                for segment in unit.trainable:
+                for segment in segments:
                     segment.refresh()
+            if any(unit.is_resident for unit in self.units):
+                self.context.world.agree("end of the refresh of the parameters")
 
     def measure_states(self) -> None:
         """Bring the optimizer states' entry of the memory ledger up to date."""

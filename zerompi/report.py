@@ -86,20 +86,28 @@ class ElementBytes:
 
 
 def zero_formula(
-    numel: int, num_shards: int, stage: Stage, per_element: ElementBytes
+    numel: int,
+    num_shards: int,
+    stage: Stage,
+    per_element: ElementBytes,
+    ranks_per_copy: int = 1,
 ) -> dict[str, float]:
     """Bytes per rank that ZeRO needs for `numel` parameters, by category.
 
     arXiv:1910.02054, section 3.1 and figure 1: with 2-byte parameters and gradients and K = 12
     bytes of optimizer state, 16 Psi at stage 0, 4 Psi + 12 Psi / N at stage 1, 2 Psi + 14 Psi / N
-    at stage 2 and 16 Psi / N at stage 3.
+    at stage 2 and 16 Psi / N at stage 3. Where `ranks_per_copy` ranks of a node have one copy of
+    replicated parameters together, each answers for its share of it.
     """
 
     def share(placement: Placement) -> float:
         return numel / num_shards if placement is Placement.SHARD else numel
 
     return {
-        "parameters": per_element.parameter * share(stage.parameter),
+        "parameters": per_element.parameter
+        * (
+            share(stage.parameter) if stage.parameter is Placement.SHARD else numel / ranks_per_copy
+        ),
         "gradients": per_element.gradient * share(stage.gradient),
         "optimizer_states": per_element.optimizer_state * share(stage.optimizer_state),
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zerompi.collectives.group import Group
+from zerompi.place import assign_regions
+from zerompi.segment import Context
 from zerompi.unit import Unit
 
 
@@ -36,9 +37,12 @@ class Reductions:
     different parameters.
     """
 
-    def __init__(self, units: Sequence[Unit], world: Group) -> None:
-        self.world = world
+    def __init__(self, units: Sequence[Unit], context: Context) -> None:
+        self.world = context.world
+        self._units = units
+        self._context = context
         self.order = [unit for unit in reversed(units) if unit.trainable]
+        assign_regions(units, self.order, context)
         self._learned = False
         self._ready: dict[Unit, None] = {}  # in the order in which they came
         self._next = 0
@@ -76,4 +80,5 @@ class Reductions:
         rest = [index for index in range(len(self.order)) if index not in seen]
         order: list[int] = self.world.comm.bcast(seen + rest, root=0)
         self.order = [self.order[index] for index in order]
+        assign_regions(self._units, self.order, self._context)
         self._learned = True

@@ -6,6 +6,7 @@ flat buffers. Nothing here knows when a step happens: hooks.py does.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,16 +14,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from zerompi.collectives.all_gather import gather_blocks
+from zerompi.collectives.all_gather import gather_blocks, gather_node_copy
 from zerompi.collectives.all_reduce import reduce_all
 from zerompi.collectives.broadcast import broadcast
-from zerompi.collectives.buffer import Buffer
+from zerompi.collectives.buffer import Buffer, SharedBuffer
 from zerompi.collectives.group import Group
 from zerompi.collectives.reduce_scatter import reduce_blocks
+from zerompi.collectives.shared import Window
 from zerompi.errors import ZerompiError
 from zerompi.layout import FlatLayout, Range
 from zerompi.placement import Placement, Stage
 from zerompi.precision import MixedPrecision
+from zerompi.regions import Region
 from zerompi.report import MemoryLedger, PhaseTimes
 
 
@@ -40,6 +43,8 @@ class Context:
     shard_group: Group
     replica_group: Group | None
     precision: MixedPrecision
+    windows: list[Window] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
     memory: MemoryLedger = field(default_factory=MemoryLedger)
     times: PhaseTimes = field(default_factory=PhaseTimes)
 
@@ -68,13 +73,15 @@ class Segment:
         context: shared by all segments of the partition.
 
     Attributes:
-        full: flat parameters, (padded_numel,), parameter dtype; freed between uses where
-            parameters are sharded.
+        full: flat parameters, (padded_numel,), parameter dtype: one for all ranks of the node, or
+            this rank's own, which is freed between uses where parameters are sharded.
         shard: own block of the flat parameters, (shard_numel,), parameter dtype.
         main: what the optimizer steps; (padded_numel,) or (shard_numel,), main dtype.
         pieces: per parameter, the view of `main` that stands in the optimizer: the whole parameter
             where optimizer states are replicated, else a 1-D piece, perhaps empty.
         bucket: this rank's sum of gradients, (padded_numel,), reduce dtype, or None.
+        region: where a bucket lies that the other ranks of the node can read, or None.
+        home: what the last reduced gradients lie in; used again when nobody has them any more.
         present: per parameter, whether the bucket holds a gradient for it.
         collected: gradients collected in the running backward pass.
         expected: how many a pass is expected to bring: as many parameters as had a gradient on any
@@ -82,10 +89,11 @@ class Segment:
     """
 
     def __init__(self, members: Sequence[tuple[str, nn.Parameter]], context: Context) -> None:
+        self.owner: object = self
         self.names = [name for name, _ in members]
         self.parameters = [parameter for _, parameter in members]
         self.context = context
-        group, stage, precision = context.shard_group, context.stage, context.precision
+        group, precision = context.shard_group, context.precision
         first = self.parameters[0]
         self.trainable = first.requires_grad
         self.index_of = {id(parameter): i for i, parameter in enumerate(self.parameters)}
@@ -100,23 +108,50 @@ class Segment:
         if mixed and precision.reduce_dtype is not None:
             self.reduce_dtype = precision.reduce_dtype
 
-        self.full: Buffer = group.allocate(self.layout.padded_numel, self.dtype)
-        if stage.parameter is Placement.SHARD:
+        self.full: Buffer | SharedBuffer
+        self.bucket: Buffer | SharedBuffer | None = None
+        self.present = [False] * len(self.parameters)
+        self.collected = 0
+        self.expected = len(self.parameters)
+        self.reduced: Tensor | None = None
+        self.region: Region | None = None
+        self.region_offset = 0
+        self.home: Buffer | SharedBuffer | None = None
+        self._handed_out: list[weakref.ref[Tensor]] = []
+        self._versions: list[int] = []
+
+    def allocate(self, node_copy: SharedBuffer | None) -> None:
+        """Take memory for the parameters; `node_copy` if the node has one for all its ranks."""
+        group, stage = self.context.shard_group, self.context.stage
+        base = self.shard_index * self.layout.shard_numel
+        self.full = node_copy or group.allocate(self.layout.padded_numel, self.dtype)
+        if isinstance(self.full, Buffer) and stage.parameter is Placement.SHARD:
             self.full.free()
             self.shard = group.allocate(self.layout.shard_numel, self.dtype).tensor
         else:
-            base = self.shard_index * self.layout.shard_numel
             self.shard = self.full.tensor[base : base + self.layout.shard_numel]
         self.main = self._make_main(stage.optimizer_state)
         self.pieces = [
             nn.Parameter(self._part(self.main, i), requires_grad=self.trainable)
             for i in range(len(self.parameters))
         ]
-        self.bucket: Buffer | None = None
-        self.present = [False] * len(self.parameters)
-        self.collected = 0
-        self.expected = len(self.parameters)
-        self.reduced: Tensor | None = None
+
+    @property
+    def is_node_copy(self) -> bool:
+        """Whether the ranks of a node have one copy of the full parameters together."""
+        return isinstance(self.full, SharedBuffer)
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the full parameters are always there."""
+        return self.is_node_copy or self.context.stage.parameter is Placement.REPLICATE
+
+    @property
+    def parameter_nbytes(self) -> int:
+        """Bytes of parameters that are always there; of a node's copy, this rank's share."""
+        if self.is_node_copy:
+            return self.full.nbytes // self.context.shard_group.node_comm.size
+        return self.full.nbytes if self.is_resident else self.shard.nbytes
 
     @property
     def is_main_replicated(self) -> bool:
@@ -159,7 +194,7 @@ class Segment:
             self.view(values, i).copy_(parameter.detach())
             parameter.data = placeholder(parameter, self.dtype)
         self.set_values(values)
-        if self.context.stage.parameter is Placement.REPLICATE:
+        if self.is_resident:
             self.install(self.full.tensor)
 
     def set_values(self, values: Tensor) -> None:
@@ -171,13 +206,27 @@ class Segment:
         exact = values[: self.layout.numel]
         broadcast(exact, exact, self.context.world)
         own = values[self.own.start : self.own.stop]
-        self.shard[: self.own.numel].copy_(own)
-        if not self.full.is_free:
-            self.full.tensor.copy_(values)
+        if isinstance(self.full, SharedBuffer):
+            self._set_node_copy(self.full.tensor, values)
+        else:
+            self.shard[: self.own.numel].copy_(own)
+            if not self.full.is_free:
+                self.full.tensor.copy_(values)
         if self.is_main_replicated:
             self.main.copy_(values)
         else:
             self.main[: self.own.numel].copy_(own)
+
+    def _set_node_copy(self, full: Tensor, values: Tensor) -> None:
+        """Write the node's copy, each rank what it is the delegate for. Collective over the node."""
+        group = self.context.shard_group
+        topology, node = group.topology, group.topology.node_of[group.rank]
+        group.fence()  # nobody reads any more
+        for owner in range(group.size):
+            if topology.delegate(node, owner) == group.rank:
+                start, stop = self.layout.shard_ranges[topology.shard_index(owner)]
+                full[start:stop].copy_(values[start:stop])
+        group.fence()
 
     def main_values(self) -> Tensor:
         """The full main weights, (padded_numel,), main dtype; a new tensor. Collective."""
@@ -201,6 +250,18 @@ class Segment:
         """Make the parameters views of `flat`, (padded_numel,)."""
         for i, parameter in enumerate(self.parameters):
             parameter.data = self.view(flat, i)
+        self._versions = [parameter._version for parameter in self.parameters]
+
+    def changed(self) -> str | None:
+        """The name of a parameter in a node's copy that somebody has changed in place, if any.
+
+        What all ranks of the node do to it would be done several times.
+        """
+        if self.is_node_copy:
+            for i, parameter in enumerate(self.parameters):
+                if parameter._version != self._versions[i]:
+                    return self.names[i]
+        return None
 
     def replaced(self, *, visible: bool) -> str | None:
         """The name of a parameter that is not as we left it, if any: somebody has set its data.
@@ -208,8 +269,9 @@ class Segment:
         Args:
             visible: whether the parameters are views of `full` now, or placeholders.
         """
-        nbytes = self.full.nbytes if visible else self.dtype.itemsize
-        base = self.full.tensor.untyped_storage().data_ptr()
+        full = self.full.tensor
+        nbytes = full.untyped_storage().nbytes() if visible else self.dtype.itemsize
+        base = full.data_ptr() if visible else 0
         for i, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
             if parameter.dtype is not self.dtype:
                 return name
@@ -222,6 +284,7 @@ class Segment:
 
     def unshard(self) -> None:
         """Gather the full parameters into `full` and install them. Collective over the shard group."""
+        assert isinstance(self.full, Buffer)
         self.full.restore()
         self.context.memory.add("buffers", self.full.nbytes)
         flat = self.full.tensor
@@ -231,6 +294,7 @@ class Segment:
 
     def reshard(self) -> None:
         """Free `full`; the parameters read as NaN until the next `unshard`."""
+        assert isinstance(self.full, Buffer)
         self.hide()
         self.full.free()
         self.context.memory.add("buffers", -self.full.nbytes)
@@ -240,20 +304,28 @@ class Segment:
         for parameter in self.parameters:
             parameter.data = placeholder(parameter, self.dtype)
 
+    @property
+    def refresh_gathers(self) -> bool:
+        """Whether `refresh` moves what other ranks have stepped."""
+        if self.is_main_replicated or not self.is_resident:
+            return False
+        return not (self.is_node_copy and self.context.shard_group.topology.is_single_node)
+
     def refresh(self) -> None:
         """Bring the parameters up to date with the main weights.
 
-        Collective over the shard group where parameters are replicated and main weights are not.
+        Collective over the shard group if `refresh_gathers`. Nobody may read the parameters of a
+        node's copy meanwhile; nor, if nothing is gathered, before the next fence.
         """
-        stage = self.context.stage
-        if stage.optimizer_state is Placement.REPLICATE:
+        if self.is_main_replicated:
             if self.main_dtype is not self.dtype:
                 self.full.tensor.copy_(self.main)
             return
         if self.main_dtype is not self.dtype:
             self.shard.copy_(self.main)
-        if stage.parameter is Placement.REPLICATE:
-            gather_blocks(
+        if self.refresh_gathers:
+            gather = gather_node_copy if self.is_node_copy else gather_blocks
+            gather(
                 self.full.tensor,
                 self.layout.shard_ranges,
                 self.context.shard_group,
@@ -288,54 +360,95 @@ class Segment:
             slot.copy_(gradient)
             self.present[index] = True
 
-    def _bucket(self) -> Buffer:
+    def _bucket(self) -> Buffer | SharedBuffer:
         if self.bucket is None:
-            if all(piece.grad is None for piece in self.pieces):
-                self.reduced = None  # zero_grad has been called since: give the memory back
-            self.bucket = self.context.shard_group.allocate(
-                self.layout.padded_numel, self.reduce_dtype
-            )
-            if self.context.stage.gradient is Placement.SHARD:
+            self.bucket = self._make_bucket()
+            passing = self.context.stage.gradient is Placement.SHARD
+            if passing and isinstance(self.bucket, Buffer):
                 self.context.memory.add("buffers", self.bucket.nbytes)
         return self.bucket
 
+    def _make_bucket(self) -> Buffer | SharedBuffer:
+        """Memory for a bucket: if possible where the node's other ranks can read it."""
+        is_free = self._is_home_free()
+        if is_free:
+            self.reduced = None
+        numel, dtype = self.layout.padded_numel, self.reduce_dtype
+        if self.context.stage.gradient is Placement.SHARD:
+            if self.region is not None and self.region.claim(self.owner):
+                return self.region.buffer(self.region_offset, numel, dtype)
+        elif is_free and self.home is not None:
+            return self.home
+        elif is_free and self.region is not None and self.region.claim(self.owner):
+            return self.region.buffer(self.region_offset, numel, dtype)
+        return self.context.shard_group.allocate(numel, dtype)
+
     def discard_gradients(self) -> None:
         """Forget what is in the bucket."""
-        if self.bucket is not None:
-            if self.context.stage.gradient is Placement.SHARD:
-                self.context.memory.add("buffers", -self.bucket.nbytes)
-            self.bucket = None
+        if isinstance(self.bucket, Buffer) and self.context.stage.gradient is Placement.SHARD:
+            self.context.memory.add("buffers", -self.bucket.nbytes)
+        self.bucket = None
         self.present = [False] * len(self.parameters)
 
-    def reduce(self, used: Sequence[bool], scale: float) -> None:
+    def is_readable(self) -> bool:
+        """Whether the node's other ranks can read the bucket, or can if it is made now."""
+        if self.bucket is not None:
+            return isinstance(self.bucket, SharedBuffer)
+        if self.context.stage.gradient is Placement.REPLICATE:
+            if not self._is_home_free():
+                return False
+            if self.home is not None:
+                return isinstance(self.home, SharedBuffer)
+        return self.region is not None and self.region.claim(self.owner)
+
+    def reduce(self, used: Sequence[bool], scale: float, *, in_place: bool) -> None:
         """Reduce the bucket to `scale` times the sum over all ranks and install the gradients.
 
         Collective. `used` says for each parameter whether any rank has a gradient for it; the
-        others keep the gradient that they have (None, usually).
+        others keep the gradient that they have (None, usually). `in_place`: all ranks of the node
+        have buckets that the others can read.
         """
-        flat = self._bucket().tensor
+        bucket = self._bucket()
+        flat = bucket.tensor
         for i, present in enumerate(self.present):
             if not present:
                 self.view(flat, i).zero_()
+        peers = bucket.peers if in_place and isinstance(bucket, SharedBuffer) else None
         ranges, stage = self.layout.shard_ranges, self.context.stage
         group, replicas = self.context.shard_group, self.context.replica_group
+        home = bucket
         if stage.optimizer_state is Placement.REPLICATE:
-            reduce_all(flat, ranges, group, scale=scale)
+            reduce_all(flat, ranges, group, scale=scale, peers=peers)
             result = flat
         else:
             if stage.gradient is Placement.REPLICATE:
                 base = self.shard_index * self.layout.shard_numel
                 result = flat[base : base + self.layout.shard_numel]
             else:
-                result = group.allocate(self.layout.shard_numel, self.reduce_dtype).tensor
+                home = self._gradient_shard()
+                result = home.tensor
             exact = result[: self.own.numel]
-            reduce_blocks(flat, exact, ranges, group, scale=scale)
+            reduce_blocks(flat, exact, ranges, group, scale=scale, peers=peers)
             if replicas is not None:
                 parts = FlatLayout([(exact.numel(),)], replicas.size).shard_ranges
                 reduce_all(exact, parts, replicas, scale=1.0)
+        if all(piece.grad is None for piece in self.pieces):
+            self.home = home
         self.discard_gradients()
         self.expected = sum(used)
         self._install_gradients(result, used)
+
+    def _gradient_shard(self) -> Buffer | SharedBuffer:
+        """Memory for a reduced gradient, (shard_numel,): the last one's, if nobody has that any more."""
+        if self.home is not None and self._is_home_free():
+            return self.home
+        return self.context.shard_group.allocate(self.layout.shard_numel, self.reduce_dtype)
+
+    def _is_home_free(self) -> bool:
+        """Whether nobody has the last reduced gradients any more: `zero_grad` has been called."""
+        if any(piece.grad is not None for piece in self.pieces):
+            return False
+        return all(gradient() is None for gradient in self._handed_out)
 
     def _install_gradients(self, result: Tensor, used: Sequence[bool]) -> None:
         """Make `result` the pieces' gradient, adding where `zero_grad` has not been called.
@@ -349,6 +462,9 @@ class Segment:
                 if used[i]:
                     part = self._part(result, i)
                     piece.grad = part if piece.grad is None else piece.grad.add_(part)
+            self._handed_out = [
+                weakref.ref(piece.grad) for piece in self.pieces if piece.grad is not None
+            ] + [gradient for gradient in self._handed_out if gradient() is not None]
             return
         if self.reduced is not None and any(piece.grad is not None for piece in self.pieces):
             for i, piece in enumerate(self.pieces):
@@ -386,16 +502,46 @@ class Segment:
             for _, piece in cast:
                 piece.grad = placeholder(piece, self.main_dtype)
 
+    # -- end -----------------------------------------------------------------------------------
+
+    def leave_shared_memory(self) -> None:
+        """Give parameters and pieces memory of this rank's own where they have had the node's."""
+        self.bucket = self.region = None
+        if isinstance(self.home, SharedBuffer):
+            self.home = None
+            for piece in self.pieces:
+                if piece.grad is not None:
+                    piece.grad = piece.grad.clone()
+        if not self.is_node_copy:
+            return
+        if self.context.stage.parameter is Placement.REPLICATE:
+            self.full = self._private_copy(self.full.tensor)
+            self.install(self.full.tensor)
+            base = self.shard_index * self.layout.shard_numel
+            self.shard = self.full.tensor[base : base + self.layout.shard_numel]
+        else:
+            self.hide()
+            self.shard = self._private_copy(self.shard).tensor
+            self.full = Buffer(0, self.dtype)
+        if self.main_dtype is self.dtype:
+            self.main = self.shard
+            for i, piece in enumerate(self.pieces):
+                piece.data = self._part(self.main, i)
+
+    def _private_copy(self, tensor: Tensor) -> Buffer:
+        buffer = Buffer(tensor.numel(), tensor.dtype)
+        buffer.tensor.copy_(tensor)
+        return buffer
+
     # -- accounting ----------------------------------------------------------------------------
 
-    def gradient_tensors(self) -> list[Tensor]:
-        """Every tensor that holds gradients for longer than a moment."""
-        tensors = [piece.grad for piece in self.pieces if piece.grad is not None]
-        if self.reduced is not None:
-            tensors.append(self.reduced)
+    @property
+    def gradient_nbytes(self) -> int:
+        """Bytes that hold gradients for longer than a moment."""
+        held = [buffer for buffer in (self.home,) if buffer is not None]
         if self.bucket is not None and self.context.stage.gradient is Placement.REPLICATE:
-            tensors.append(self.bucket.tensor)
-        return tensors
+            held.append(self.bucket)
+        return sum(buffer.nbytes for buffer in {id(buffer): buffer for buffer in held}.values())
 
     def state_piece(self, index: int, value: Tensor) -> Tensor:
         """This rank's part of an elementwise optimizer state of parameter `index`."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
 import torch
 from torch import nn
 
+from zerompi.collectives.buffer import SharedBuffer
 from zerompi.errors import ZerompiError
 from zerompi.placement import Placement
 from zerompi.segment import Context, Segment
 from zerompi.units import UnitPlan
 
-_FLAGS_PER_HEADER = 64
+_FLAGS_PER_HEADER = 63
+_UNREADABLE = 1 << 63  # the flag of a rank with a bucket that the others of its node cannot read
 
 
 class UnitState(Enum):
@@ -43,10 +45,23 @@ class Unit:
             )
         self.segments = [Segment(members, context) for members in kinds.values()]
         self.trainable = [segment for segment in self.segments if segment.trainable]
+        for segment in self.segments:
+            segment.owner = self
         self.holds = 0
         self._lent = False
-        self._sharded = context.stage.parameter is Placement.SHARD
-        self.state = UnitState.SHARDED if self._sharded else UnitState.UNSHARDED
+        self.state = UnitState.UNSHARDED
+
+    def allocate(self, node_copies: Sequence[SharedBuffer | None]) -> None:
+        """Take memory for the parameters of each segment; see `Segment.allocate`."""
+        for segment, node_copy in zip(self.segments, node_copies, strict=True):
+            segment.allocate(node_copy)
+        if not self.is_resident:
+            self.state = UnitState.SHARDED
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the full parameters are always there."""
+        return all(segment.is_resident for segment in self.segments)
 
     def unshard(self) -> None:
         """Make the full parameters visible. Collective over the world unless they are already."""
@@ -65,7 +80,7 @@ class Unit:
 
     def reshard(self) -> None:
         """Free the full parameters unless somebody still holds them."""
-        if not self._sharded or self.holds or self.state is UnitState.SHARDED:
+        if self.holds or self.is_resident or self.state is UnitState.SHARDED:
             return
         for segment in self.segments:
             segment.reshard()
@@ -92,28 +107,48 @@ class Unit:
         Collective over the world. A parameter without a gradient on any rank keeps `grad` as it is.
         """
         with self.context.times.phase("reduce"):
-            used = self._used_anywhere()
+            used, in_place = self._used_anywhere()
             start = 0
             for segment in self.trainable:
                 part = used[start : start + len(segment.present)]
                 start += len(segment.present)
                 if any(part):
-                    segment.reduce(part, scale)
+                    segment.reduce(part, scale, in_place=in_place)
+            self._release_regions(was_read=in_place and any(used))
 
-    def _used_anywhere(self) -> list[bool]:
-        """For each trainable parameter, whether any rank has a gradient for it."""
+    def discard_gradients(self) -> None:
+        """Forget what is not reduced yet."""
+        for segment in self.trainable:
+            segment.discard_gradients()
+            segment.collected = 0
+        self._release_regions(was_read=False)
+
+    def _release_regions(self, *, was_read: bool) -> None:
+        if self.context.stage.gradient is Placement.SHARD:
+            for segment in self.trainable:
+                if segment.region is not None:
+                    segment.region.release(self, was_read=was_read)
+
+    def _used_anywhere(self) -> tuple[list[bool], bool]:
+        """For each trainable parameter, whether any rank has a gradient for it.
+
+        And whether the ranks of every node can read each other's buckets.
+        """
         present = [flag for segment in self.trainable for flag in segment.present]
+        readable = all(segment.is_readable() for segment in self.trainable)
         used: list[bool] = []
         for start in range(0, len(present), _FLAGS_PER_HEADER):
             part = present[start : start + _FLAGS_PER_HEADER]
             flags = sum(1 << bit for bit, flag in enumerate(part) if flag)
             union = 0
             for others in self.context.world.agree(
-                f"reduction of the gradients of {self.name}", flags
+                f"reduction of the gradients of {self.name}",
+                flags if readable else flags | _UNREADABLE,
             ):
                 union |= others
+            readable = not union & _UNREADABLE
             used.extend(bool(union >> bit & 1) for bit in range(len(part)))
-        return used
+        return used, readable
 
     @contextmanager
     def main_weights(self) -> Iterator[None]:

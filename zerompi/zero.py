@@ -316,9 +316,7 @@ class Zero:
                 if optimizer is not None and reader.state:
                     states.read_optimizer(reader, optimizer, self._units)
             saved = dict(reader.state)
-        for unit in self._units:
-            for segment in unit.segments:
-                segment.refresh()
+        self._optimizer.refresh(everything=True)
         rng = saved.get("rng") or []
         with agreement(comm):
             if self._scaler is not None and saved.get("loss_scaler"):
@@ -377,7 +375,8 @@ class Zero:
             for unit in self._units
             for segment in unit.segments
         )
-        if separate or self._context.stage.parameter is Placement.SHARD:
+        shared = any(s.is_node_copy for unit in self._units for s in unit.segments)
+        if separate or shared or self._context.stage.parameter is Placement.SHARD:
             raise ZerompiError(
                 "model.load_state_dict() would not reach the main weights of a partitioned model; use "
                 "zero.load_full_state_dict()"
@@ -411,9 +410,18 @@ class Zero:
             guard.remove()
         self._model.zero_grad = self._zero_grad  # type: ignore[method-assign]
         registry.forget(entry.parameter for entry in states.entries(self._units))
+        self._leave_shared_memory()
         for group in (self._context.replica_group, self._context.shard_group, self._context.world):
             if group is not None:
                 group.close()
+
+    def _leave_shared_memory(self) -> None:
+        """Take the model and the optimizer out of the windows, then free these. Collective."""
+        for unit in self._units:
+            for segment in unit.segments:
+                segment.leave_shared_memory()
+        for window in self._context.windows:
+            window.close()
 
     def _at_exit(self) -> None:
         """Tell ranks that still train that this one has ended, so that they do not wait for it."""

@@ -3,7 +3,9 @@
     mpiexec -n 4 python memory_by_category.py
 
 Trains 50 million parameters in bfloat16 with Adam for two steps at each stage. "process" is what
-the operating system says the ranks together have grown by, shared pages counted once (PSS).
+the operating system says the ranks together have grown by, shared pages counted once (PSS). Every
+rank is taken for a node of its own, as in the paper: on one node the ranks would share one copy of the
+parameters at stages 1 and 2.
 """
 
 from __future__ import annotations
@@ -48,7 +50,12 @@ def measure(stage: int, comm: MPI.Intracomm) -> dict[str, float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     precision = zerompi.MixedPrecision(torch.bfloat16, reduce_dtype=torch.bfloat16)
     with zerompi.partition(
-        model, optimizer, stage=stage, comm=comm, mixed_precision=precision
+        model,
+        optimizer,
+        stage=stage,
+        comm=comm,
+        mixed_precision=precision,
+        topology=zerompi.Topology(comm, ranks_per_node=1),
     ) as zero:
         for _ in range(2):
             optimizer.zero_grad()

@@ -14,6 +14,7 @@ from zerompi.collectives import Group
 
 def nodes_of(layout: str) -> list[int] | None:
     """The node of each rank, or None for a layout of any size."""
+    layout = layout.removesuffix(" by messages")
     if "," in layout:
         return [int(node) for node in layout.split(",")]
     if "+" in layout:
@@ -28,10 +29,14 @@ def fits(layout: str) -> bool:
 
 
 @pytest.fixture(params=[layout for layout in LAYOUTS if fits(layout)])
-def group(request: pytest.FixtureRequest, comm: MPI.Intracomm) -> Iterator[Group]:
-    """A group with each layout of nodes that fits, and its algorithm."""
+def group(
+    request: pytest.FixtureRequest, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Group]:
+    """A group with each layout of nodes that fits, its algorithm, and memory shared or not."""
     nodes = nodes_of(request.param) or [0] * comm.size
-    algorithm = "flat" if request.param == "flat" else "hierarchical"
+    algorithm = "flat" if request.param.startswith("flat") else "hierarchical"
+    if request.param.endswith("by messages"):
+        monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", "0")
     made = Group(comm, zerompi.Topology.from_nodes(nodes), algorithm=algorithm)
     yield made
     made.close()

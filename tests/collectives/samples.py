@@ -15,7 +15,23 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.empty(0, dtype=torch.complex32)  # torch warns once that it is experimental
 
-LAYOUTS = ["flat", "one node", "2+2", "3+1", "1+3", "1+2", "2+1", "1+1", "1+1+1+1", "0,1,0,1"]
+# "by messages": the ranks of a node share no memory.
+LAYOUTS = [
+    "flat",
+    "flat by messages",
+    "one node",
+    "2+2",
+    "2+2 by messages",
+    "3+1",
+    "3+1 by messages",
+    "1+3",
+    "1+2",
+    "1+2 by messages",
+    "2+1",
+    "1+1",
+    "1+1+1+1",
+    "0,1,0,1",
+]
 
 PLAIN_DTYPES = [
     torch.bool,

@@ -131,10 +131,12 @@ def test_one_partial_sum_per_node_and_block_leaves_a_node(group):
     topology, rank = group.topology, group.rank
     node = topology.node_of[rank]
     neighbours = len(topology.ranks_of_node[node]) - 1
-    if group.algorithm == "flat":
+    mine = sum(topology.delegate(node, owner) == rank for owner in range(group.size))
+    if group.node is not None:  # counted where it is read
+        inter, intra = mine - 1, mine * neighbours
+    elif group.algorithm == "flat":
         inter, intra = group.size - 1 - neighbours, neighbours
     else:
-        mine = sum(topology.delegate(node, owner) == rank for owner in range(group.size))
         inter, intra = mine - 1, group.size - mine
     assert group.traffic.total("reduce_scatter", INTER_NODE) == inter * numel * 4
     assert group.traffic.total("reduce_scatter", INTRA_NODE) == intra * numel * 4

@@ -7,11 +7,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import zerompi
+
 GLOBAL_BATCH = 12  # divides by 1, 2, 3 and 4 ranks
 Batch = tuple[Tensor, Tensor]
+
+
+def one_each(comm: MPI.Intracomm) -> zerompi.Topology:
+    """A layout in which every rank is a node: nothing is shared, and everything moves."""
+    return zerompi.Topology(comm, ranks_per_node=1)
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import zerompi
-from models import CASES, GPT, build, own_slice, unsharded_losses
+from models import CASES, GPT, build, one_each, own_slice, unsharded_losses
 
 STAGES = [0, 1, 2, 3]
 MIXED = zerompi.MixedPrecision(torch.bfloat16)
@@ -73,7 +73,8 @@ def test_load_full_state_dict_refuses_another_models_and_changes_nothing(comm, s
 def test_gathered_shows_ordinary_tensors(comm, stage):
     model, optimizer = build(CASES["gpt"])
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with zerompi.partition(model, optimizer, stage=stage, comm=comm) as zero:
+    topology = one_each(comm)
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology) as zero:
         with zero.gathered():
             for name, parameter in model.named_parameters():
                 assert torch.equal(parameter, expected[name])
@@ -131,7 +132,7 @@ def test_forward_inside_gathered_writable_is_refused(comm):
 
 def test_parameters_outside_their_units_forward_read_as_nan(comm):
     model, optimizer = build(CASES["gpt"])
-    with zerompi.partition(model, optimizer, stage=3, comm=comm):
+    with zerompi.partition(model, optimizer, stage=3, comm=comm, topology=one_each(comm)):
         weight = model.blocks[0].up.weight
         assert weight.shape == (80, 20)
         assert bool(weight.isnan().all())
@@ -141,7 +142,8 @@ def test_parameters_outside_their_units_forward_read_as_nan(comm):
 
 def test_state_dict_of_a_sharded_model_is_refused_with_advice(comm):
     model, optimizer = build(CASES["gpt"])
-    with zerompi.partition(model, optimizer, stage=3, comm=comm) as zero:
+    topology = one_each(comm)
+    with zerompi.partition(model, optimizer, stage=3, comm=comm, topology=topology) as zero:
         with pytest.raises(zerompi.ZerompiError, match="full_state_dict"):
             model.state_dict()
         with pytest.raises(zerompi.ZerompiError, match="load_full_state_dict"):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import zerompi
-from models import CASES, assert_same_weights, build, own_slice
+from models import CASES, assert_same_weights, build, one_each, own_slice
 
 STAGES = [0, 1, 2, 3]
 
@@ -303,7 +303,8 @@ def test_clipping_of_wide_and_complex_gradients(comm, stage, dtype, norm_type):
 
 def test_an_empty_module_gathers_nothing(comm):
     model = nn.Sequential(nn.ModuleList(), nn.Linear(2, 2))
-    with zerompi.partition(model, comm=comm) as zero, zero.gathered(model[0]):
+    topology = one_each(comm)
+    with zerompi.partition(model, comm=comm, topology=topology) as zero, zero.gathered(model[0]):
         assert bool(model[1].weight.isnan().all())
 
 
@@ -445,7 +446,7 @@ def test_other_hooks_on_saved_tensors_still_work(comm, outer):
 
 def test_a_module_called_outside_its_unit_is_refused(comm):
     model, optimizer = build(CASES["gpt"])
-    zero = zerompi.partition(model, optimizer, comm=comm)
+    zero = zerompi.partition(model, optimizer, comm=comm, topology=one_each(comm))
     with pytest.raises(
         zerompi.ZerompiError, match=r"token was called outside the forward of \(root\)"
     ):
@@ -510,3 +511,29 @@ def test_expanded_buffers_are_synchronised(comm):
     model.register_buffer("scale", torch.full((1,), float(comm.rank)).expand(4))
     with zerompi.partition(model, comm=comm) as zero:
         assert torch.equal(zero.full_state_dict()["scale"], torch.zeros(4))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_change_in_place_of_what_ranks_share_is_refused(comm, stage):
+    """Each rank would do it once more to the one copy of the node."""
+    model, optimizer = build(CASES["mlp"])
+    weight = next(model.parameters())
+    x, y = own_slice(CASES["mlp"].batch(0), comm.rank, comm.size)
+    topology = zerompi.Topology(comm, comm.size)
+    zero = zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology)
+    CASES["mlp"].loss(model(x), y).backward()
+    optimizer.step()
+    if zero._units[0].segments[0].is_node_copy:
+        with torch.no_grad():
+            weight.mul_(1.0)
+        with pytest.raises(zerompi.ZerompiError, match=r"was changed in place.*gathered\(writable"):
+            model(x)
+    with zero.gathered(writable=True), torch.no_grad():
+        weight.mul_(0.5)
+    expected = 0.5 * zero.full_state_dict()[next(iter(dict(model.named_parameters())))]
+    with zero.gathered(writable=True), torch.no_grad():
+        weight.mul_(0.5)
+    name = next(iter(dict(model.named_parameters())))
+    assert torch.equal(zero.full_state_dict()[name], expected)
+    model(x)
+    zero.close()

@@ -19,7 +19,7 @@ LAYERS = [
     {"launch", "agreement", "arrays", "topology", "traffic", "nested"},
     {"collectives"},
     {"autograd", "precision", "units"},
-    {"segment", "unit", "buffers", "registry"},
+    {"regions", "segment", "unit", "place", "buffers", "registry"},
     {"hooks", "saved", "schedule", "optimizer", "meta", "state", "checkpoint", "accounting"},
     {"zero", "api"},
     {"train", "cli"},

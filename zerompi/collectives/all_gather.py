@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from zerompi.arrays import copy_values, flat_tensor
-from zerompi.collectives import contract
+from zerompi.collectives import contract, staging
 from zerompi.collectives.group import Group
 
 Ranges = Sequence[tuple[int, int]]
@@ -62,37 +62,82 @@ def gather_blocks(full: Tensor, ranges: Ranges, group: Group, *, label: str = "a
     if group.size == 1:
         return
     topology, rank = group.topology, group.rank
-
-    def block(owner: int) -> Tensor:
-        start, stop = ranges[topology.shard_index(owner)]
-        return full[start:stop]
-
+    blocks = [full[slice(*ranges[topology.shard_index(owner)])] for owner in range(group.size)]
     others = [peer for peer in range(group.size) if peer != rank]
-    if group.algorithm == "flat":
+    if group.node is None and group.algorithm == "flat":
         group.exchange(
-            [(peer, block(rank)) for peer in others],
-            [(peer, block(peer)) for peer in others],
+            [(peer, blocks[rank]) for peer in others],
+            [(peer, blocks[peer]) for peer in others],
             label,
         )
         return
+    _gather_from_nodes(blocks, group, label)
     node = topology.node_of[rank]
-    remote = [peer for peer in others if topology.node_of[peer] != node]
-    group.exchange(
-        [
-            (topology.delegate(other, rank), block(rank))
-            for other in range(topology.num_nodes)
-            if other != node
-        ],
-        [(owner, block(owner)) for owner in remote if topology.delegate(node, owner) == rank],
-        label,
-    )
-    local = [peer for peer in topology.ranks_of_node[node] if peer != rank]
     handled = {
         peer: [o for o in range(group.size) if topology.delegate(node, o) == peer]
         for peer in topology.ranks_of_node[node]
     }
+    if group.node is not None:
+        _share_in_node(blocks, handled, group, label)
+        return
+    local = [peer for peer in topology.ranks_of_node[node] if peer != rank]
     group.exchange(
-        [(peer, block(owner)) for peer in local for owner in handled[rank]],
-        [(peer, block(owner)) for peer in local for owner in handled[peer]],
+        [(peer, blocks[owner]) for peer in local for owner in handled[rank]],
+        [(peer, blocks[owner]) for peer in local for owner in handled[peer]],
         label,
     )
+
+
+def gather_node_copy(
+    full: Tensor, ranges: Ranges, group: Group, *, label: str = "all_gather"
+) -> None:
+    """Fill the one copy of the node with the blocks of all ranks. Collective, unchecked.
+
+    Inside the node nothing moves: each rank receives only what it is the delegate for, directly
+    into the copy. On return it is complete on all ranks of the node.
+
+    Args:
+        full: 1-D, in memory that the ranks of this node share; each rank's own block is in place.
+        ranges: elements [start, stop) of each shard index's block; of any length, also none.
+        group: the ranks; with shared memory.
+        label: under which the bytes are counted.
+    """
+    assert group.node is not None
+    shard_index = group.topology.shard_index
+    blocks = [full[slice(*ranges[shard_index(owner)])] for owner in range(group.size)]
+    if not group.topology.is_single_node:
+        _gather_from_nodes(blocks, group, label)
+    group.node.fence.cross()
+
+
+def _gather_from_nodes(blocks: Sequence[Tensor], group: Group, label: str) -> None:
+    """Each block enters each other node once, through the delegate of its owner there."""
+    topology, rank = group.topology, group.rank
+    node = topology.node_of[rank]
+    remote = [peer for peer in range(group.size) if topology.node_of[peer] != node]
+    group.exchange(
+        [
+            (topology.delegate(other, rank), blocks[rank])
+            for other in range(topology.num_nodes)
+            if other != node
+        ],
+        [(owner, blocks[owner]) for owner in remote if topology.delegate(node, owner) == rank],
+        label,
+    )
+
+
+def _share_in_node(
+    blocks: Sequence[Tensor], handled: Mapping[int, list[int]], group: Group, label: str
+) -> None:
+    """Pass the blocks that each rank of the node handles on to the others, through shared memory."""
+    node, rank = group.node, group.rank
+    assert node is not None
+    chunk = staging.chunk_numel(group.size, blocks[0].dtype)
+    longest = max(block.numel() for block in blocks)
+    for start in range(0, longest, chunk):
+        parts = [block[start : start + chunk] for block in blocks]
+        rows = staging.exchange(node, {o: parts[o] for o in handled[rank]}, group.size)
+        for row, (peer, owners) in zip(rows, handled.items(), strict=True):
+            for owner in owners if peer != rank else ():
+                copy_values(parts[owner], row[owner][: parts[owner].nbytes])
+                group.count_shared(label, parts[owner].nbytes)

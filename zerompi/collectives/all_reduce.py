@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -56,11 +57,14 @@ def reduce_all(
     *,
     scale: float = 1.0,
     label: str = "all_reduce",
+    peers: Sequence[Tensor] | None = None,
 ) -> None:
     """`full` = `scale` times the sum over ranks, in place. Collective, unchecked.
 
     A reduce-scatter into the own blocks and an all-gather of them; see `reduce_blocks`.
     """
     own = full[slice(*ranges[group.topology.shard_index(group.rank)])]
-    reduce_blocks(full, own, ranges, group, scale=scale, label=label)
+    reduce_blocks(full, own, ranges, group, scale=scale, label=label, peers=peers)
+    if peers is not None:
+        group.fence()  # nobody reads `full` any more
     gather_blocks(full, ranges, group, label=label)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 # mallopt(3) of the GNU C library. Normally the threshold above which malloc maps memory of its own
 # grows with what is freed, up to 32 MiB; these are the values at the end of that growth.
@@ -41,6 +42,10 @@ class Buffer:
     The tensor is one object for the buffer's life. `free` gives its memory back and `restore` takes
     new memory for the same storage, so that views of the tensor, also those saved by autograd, are
     valid again.
+
+    Attributes:
+        tensor: this rank's elements.
+        nbytes: of the tensor.
     """
 
     def __init__(self, numel: int, dtype: torch.dtype) -> None:
@@ -62,3 +67,19 @@ class Buffer:
         if self.is_free:
             with _own_mapping():
                 self.tensor.untyped_storage().resize_(self.nbytes)
+
+
+class SharedBuffer:
+    """A 1-D tensor in memory that the ranks of a node share; it stays until the window is closed.
+
+    Attributes:
+        tensor: this rank's elements.
+        peers: the elements of each rank of the node, in rank order; the same memory for all in a
+            buffer of which there is one for the node.
+        nbytes: of the tensor.
+    """
+
+    def __init__(self, peers: Sequence[Tensor], rank: int) -> None:
+        self.peers = peers
+        self.tensor = peers[rank]
+        self.nbytes = self.tensor.nbytes

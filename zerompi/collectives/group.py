@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zerompi.arrays import host_bytes
 from zerompi.collectives.buffer import Buffer
+from zerompi.collectives.shared import SharedNode, open_node
 from zerompi.errors import MismatchError, ZerompiError
 from zerompi.topology import Topology
 from zerompi.traffic import INTER_NODE, INTRA_NODE, Traffic
@@ -39,6 +40,7 @@ class Group:
 
     Attributes:
         comm: the private duplicate.
+        node: the memory that they share; None where ranks of a node reach each other by messages.
         node_comm: the ranks of this rank's node.
         inter_node_comm: the ranks with this rank's position on all nodes.
         traffic: bytes that this rank has sent; shared with the groups made by `split`.
@@ -79,7 +81,7 @@ class Group:
         self.topology = Topology(comm) if topology is None else topology
         layout = self.topology
         node, position = layout.node_of[self.rank], layout.local_rank_of[self.rank]
-        self.node_comm = comm.Split(node, self.rank)
+        self.node_comm = cast("MPI.Intracomm", comm.Split(node, self.rank))
         self.inter_node_comm = comm.Split(position, self.rank)
         if algorithm is None:
             deep = 1 < layout.num_nodes < layout.size
@@ -91,6 +93,9 @@ class Group:
             for peer in range(self.size)
         ]
         self._headers = np.empty((self.size, 2), dtype=np.uint64)
+        self.node: SharedNode | None = None
+        if layout.num_nodes < layout.size and (layout.is_single_node or algorithm != "flat"):
+            self.node = open_node(comm, self.node_comm, self._progress)
 
     def split(self, ranks_of_each: Sequence[Sequence[int]]) -> Group:
         """The group of this rank among disjoint groups that cover all ranks. Collective.
@@ -142,15 +147,22 @@ class Group:
         self._check_open()
         if self.size == 1:
             return (flags,)
-        header = np.array([_digest(signature), flags], dtype=np.uint64)
-        self.comm.Allgather(header, self._headers)
+        headers = self._exchange_headers(_digest(signature), flags)
+        if any(digest != headers[0][0] for digest, _ in headers):
+            raise MismatchError(_disagreement(self.comm.allgather(signature)))
+        return tuple(flags for _, flags in headers)
+
+    def _exchange_headers(self, digest: int, flags: int) -> Sequence[tuple[int, int]]:
         for peer, level in enumerate(self._levels):
             if peer != self.rank:
                 self.traffic.add("header", level, _HEADER_NBYTES)
-        digests = self._headers[:, 0]
-        if (digests == digests[0]).all():
-            return tuple(self._headers[:, 1].tolist())
-        raise MismatchError(_disagreement(self.comm.allgather(signature)))
+        if self.node is not None and self.topology.is_single_node:
+            fence = self.node.fence
+            number = fence.arrive(digest, flags)
+            fence.wait(number)
+            return fence.headers(number)
+        self.comm.Allgather(np.array([digest, flags], dtype=np.uint64), self._headers)
+        return cast("list[tuple[int, int]]", self._headers.tolist())
 
     # -- data ----------------------------------------------------------------------------------
 
@@ -190,6 +202,20 @@ class Group:
                 waves.setdefault(wave, []).append((peer, tensor))
         return waves
 
+    def fence(self) -> None:
+        """Wait for the other ranks of this node, if they share memory. Collective over the node."""
+        if self.node is not None:
+            self.node.fence.cross()
+
+    def count_shared(self, label: str, nbytes: int) -> None:
+        """Count bytes that this rank has read from the memory of others on its node."""
+        self.traffic.add(label, INTRA_NODE, nbytes)
+
+    def _progress(self) -> None:
+        """Let MPI work on messages to other nodes while this rank sleeps."""
+        if not self.topology.is_single_node:
+            self.comm.Iprobe()
+
     # -- end -----------------------------------------------------------------------------------
 
     @property
@@ -204,6 +230,8 @@ class Group:
     def close(self) -> None:
         """Free the communicators. Collective; a second call does nothing."""
         if not self.is_closed and not MPI.Is_finalized():
+            if self.node is not None:
+                self.node.close()
             for comm in (self.inter_node_comm, self.node_comm, self.comm):
                 comm.Free()
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from zerompi.arrays import flat_tensor
-from zerompi.collectives import contract
+from zerompi.collectives import contract, staging
 from zerompi.collectives.all_gather import Ranges
 from zerompi.collectives.group import Group
-from zerompi.dtypes import SAME_SUM, accumulate_dtype
+from zerompi.collectives.summation import sum_in_order
 
 _CHUNK_NBYTES = 4 << 20
 _STAGING_NBYTES = 64 << 20
@@ -64,10 +64,13 @@ def reduce_blocks(
     *,
     scale: float = 1.0,
     label: str = "reduce_scatter",
+    peers: Sequence[Tensor] | None = None,
 ) -> None:
     """`out` = `scale` times the sum over ranks of this rank's block. Collective, unchecked.
 
-    Works in chunks, so that the memory for what other ranks send is bounded (about 64 MiB).
+    Works in chunks, so that the memory for what other ranks send is bounded (about 64 MiB). With
+    shared memory no message is sent inside a node: every rank sums straight out of `peers`, or what
+    the others have put into staging memory.
 
     Args:
         full: 1-D, all blocks of this rank's summand; left as it is.
@@ -76,15 +79,79 @@ def reduce_blocks(
         group: the ranks.
         scale: applied once, in the accumulator of the first sum.
         label: under which the bytes are counted.
+        peers: the `full` of each rank of this node, in shared memory; on all ranks or on none. They
+            may be written again when all ranks have finished with the group's last fence.
     """
-    topology = group.topology
-    blocks = [full[slice(*ranges[topology.shard_index(owner)])] for owner in range(group.size)]
+    node, topology = group.node, group.topology
+    blocks = [slice(*ranges[topology.shard_index(owner)]) for owner in range(group.size)]
+    longest = max(block.stop - block.start for block in blocks)
     chunk = min(_CHUNK_NBYTES, _STAGING_NBYTES // group.size) // full.element_size()
-    longest = max(block.numel() for block in blocks)
-    step = _flat_chunk if group.algorithm == "flat" else _hierarchical_chunk
+    if node is None:
+        step = _flat_chunk if group.algorithm == "flat" else _hierarchical_chunk
+        own_blocks = [full[block] for block in blocks]
+        for start in range(0, longest, chunk):
+            parts = [block[start : start + chunk] for block in own_blocks]
+            step(parts, out[start : start + chunk], group, scale, label)
+        return
+    if peers is not None:
+        number = node.fence.cross()
+        if topology.is_single_node:
+            chunk = longest
+        by_peer = [[peer[block] for block in blocks] for peer in peers]
+        for start in range(0, longest, chunk or 1):
+            rows = [[block[start : start + chunk] for block in row] for row in by_peer]
+            _reduce_rows(rows, out[start : start + chunk], group, scale, label)
+        node.fence.finish(number)
+        return
+    own_blocks = [full[block] for block in blocks]
+    chunk = staging.chunk_numel(group.size, full.dtype)
     for start in range(0, longest, chunk):
-        parts = [block[start : start + chunk] for block in blocks]
-        step(parts, out[start : start + chunk], group, scale, label)
+        parts = [block[start : start + chunk] for block in own_blocks]
+        _reduce_rows(_staged_rows(parts, group), out[start : start + chunk], group, scale, label)
+
+
+def _staged_rows(parts: Sequence[Tensor], group: Group) -> list[list[Tensor]]:
+    """The parts of every rank of this node; those that nobody else sums are not copied."""
+    node, topology = group.node, group.topology
+    assert node is not None
+    own_node = topology.node_of[group.rank]
+    shown = {
+        owner: part
+        for owner, part in enumerate(parts)
+        if topology.delegate(own_node, owner) != group.rank
+    }
+    rows = [
+        [slot[: part.nbytes].view(part.dtype) for slot, part in zip(row, parts, strict=True)]
+        for row in staging.exchange(node, shown, group.size)
+    ]
+    rows[node.comm.rank] = list(parts)
+    return rows
+
+
+def _reduce_rows(
+    rows: Sequence[Sequence[Tensor]], out: Tensor, group: Group, scale: float, label: str
+) -> None:
+    """Sum over this node's ranks in place, then over nodes by messages.
+
+    Args:
+        rows: of each rank of this node, in rank order, its part of each owner's block.
+        out: this rank's part of the sum.
+        group: the ranks.
+        scale: applied in the first sum.
+        label: under which the bytes are counted.
+    """
+    topology, rank = group.topology, group.rank
+    node = topology.node_of[rank]
+    is_single = topology.is_single_node
+    partial: dict[int, Tensor] = {}
+    for owner in range(group.size):
+        if topology.delegate(node, owner) == rank:
+            own = rows[topology.local_rank_of[rank]][owner]
+            partial[owner] = out if is_single else torch.empty_like(own)
+            sum_in_order([row[owner] for row in rows], partial[owner], scale)
+            group.count_shared(label, (len(rows) - 1) * own.nbytes)
+    if not is_single:
+        _sum_over_nodes(partial, out, group, label)
 
 
 def _flat_chunk(parts: list[Tensor], out: Tensor, group: Group, scale: float, label: str) -> None:
@@ -123,39 +190,19 @@ def _hierarchical_chunk(
         partial[owner] = torch.empty_like(parts[owner])
         sum_in_order(summands, partial[owner], scale)
     staged.clear()
+    _sum_over_nodes(partial, out, group, label)
+
+
+def _sum_over_nodes(partial: dict[int, Tensor], out: Tensor, group: Group, label: str) -> None:
+    """Send this node's sums to their owners, and sum what other nodes send, in node order."""
+    topology, rank = group.topology, group.rank
+    node = topology.node_of[rank]
     nodes = [n for n in range(topology.num_nodes) if n != node]
     from_node = {n: torch.empty_like(out) for n in nodes}
     group.exchange(
-        [(owner, partial[owner]) for owner in mine if owner != rank],
+        [(owner, part) for owner, part in partial.items() if owner != rank],
         [(topology.delegate(n, rank), from_node[n]) for n in nodes],
         label,
     )
     from_node[node] = partial[rank]
     sum_in_order([from_node[n] for n in range(topology.num_nodes)], out, 1.0)
-
-
-def sum_in_order(summands: Sequence[Tensor], out: Tensor, scale: float) -> None:
-    """`out` = `scale` times the sum of `summands`, accumulated from the first to the last.
-
-    `out` may be one of the summands. All are 1-D and of one dtype; see `accumulate_dtype`. Integers
-    have no scale but 1.
-    """
-    if not out.numel():
-        return
-    if out.dtype in SAME_SUM:
-        out = out.view(SAME_SUM[out.dtype])
-        summands = [summand.view(out.dtype) for summand in summands]
-    total = summands[0].to(accumulate_dtype(out.dtype), copy=True)
-    for summand in summands[1:]:
-        if total.dtype is torch.bool:
-            total |= summand
-        else:
-            total += summand if _adds_to(total, summand) else summand.to(total.dtype)
-    if scale != 1.0:
-        total.mul_(scale)
-    out.copy_(total)
-
-
-def _adds_to(total: Tensor, summand: Tensor) -> bool:
-    """Whether torch adds the two without a conversion first."""
-    return summand.dtype in (total.dtype, torch.bfloat16, torch.float16)

@@ -1,0 +1,47 @@
+"""Where gradients are collected so that the ranks of a node can read each other's."""
+
+from __future__ import annotations
+
+import torch
+
+from zerompi.collectives.buffer import SharedBuffer
+from zerompi.collectives.fence import Fence
+from zerompi.collectives.shared import Window
+
+
+class Region:
+    """A piece of every rank's part of a window, that users take by turns.
+
+    A rank may write again what the others read before as soon as all have finished with it; `claim`
+    waits for that.
+
+    Attributes:
+        user: who has it now.
+    """
+
+    def __init__(self, window: Window, rank: int, offset: int, fence: Fence) -> None:
+        self.user: object | None = None
+        self._window = window
+        self._rank = rank
+        self._offset = offset
+        self._fence = fence
+        self._read_at = 0  # the fence at which the others were last allowed to read
+
+    def claim(self, user: object) -> bool:
+        """Take the region, unless somebody else has it."""
+        if self.user is None:
+            self._fence.wait_finished(self._read_at)
+            self.user = user
+        return self.user is user
+
+    def release(self, user: object, *, was_read: bool) -> None:
+        """Give it back; `was_read`: the others have been reading it since the last fence."""
+        if self.user is user:
+            self.user = None
+            if was_read:
+                self._read_at = self._fence.count
+
+    def buffer(self, offset: int, numel: int, dtype: torch.dtype) -> SharedBuffer:
+        """`numel` elements that start `offset` bytes after the region's beginning."""
+        parts = self._window.parts(self._offset + offset, numel, dtype)
+        return SharedBuffer(parts, self._rank)
