@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from zerompi import meta
 from zerompi.collectives.group import Group
+from zerompi.comm_thread import CommThread
 from zerompi.errors import MismatchError
 from zerompi.launch import check_world
 from zerompi.optimizer import check_optimizer
@@ -88,7 +89,8 @@ def partition(
         raise
     precision = mixed_precision or MixedPrecision()
     shard_group, replica_group = _split(world, shard_ranks, stage)
-    context = Context(STAGES[stage], world, shard_group, replica_group, precision)
+    thread = CommThread(is_wanted=world.size > 1)
+    context = Context(STAGES[stage], world, shard_group, replica_group, precision, thread)
     landed = meta.land(model)
     made = [Unit(plan, context) for plan in plans]
     place(made, context)

@@ -283,6 +283,7 @@ class Hooks:
                 f"{segment.names[index]} got a gradient that did not come through the model's output, "
                 "where the loss scale is applied: compute the loss from what model(...) returns"
             )
+        unit.settle()  # a gradient that comes late starts another reduction
         segment.collect(index)
         if self.accumulation.communicates and unit.is_complete:
             self.reductions.ready(unit, self.gradient_scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from zerompi.collectives.buffer import SharedBuffer
@@ -9,30 +11,39 @@ from zerompi.collectives.fence import Fence
 from zerompi.collectives.shared import Window
 
 
+class Settling(Protocol):
+    """Whoever uses a region: `settle` waits until a reduction of it that was started is done."""
+
+    def settle(self) -> None:
+        """Wait."""
+
+
 class Region:
     """A piece of every rank's part of a window, that users take by turns.
 
     A rank may write again what the others read before as soon as all have finished with it; `claim`
-    waits for that.
+    waits for that, and for a reduction of the last user that was started. Not for the communication
+    thread, which would wait for itself.
 
     Attributes:
         user: who has it now.
     """
 
     def __init__(self, window: Window, rank: int, offset: int, fence: Fence) -> None:
-        self.user: object | None = None
+        self.user: Settling | None = None
         self._window = window
         self._rank = rank
         self._offset = offset
         self._fence = fence
         self._read_at = 0  # the fence at which the others were last allowed to read
 
-    def claim(self, user: object) -> bool:
-        """Take the region, unless somebody else has it."""
+    def claim(self, user: Settling) -> None:
+        """Make `user` the user, unless somebody else is, who is still filling the region."""
+        if self.user is not None and self.user is not user:
+            self.user.settle()
         if self.user is None:
             self._fence.wait_finished(self._read_at)
             self.user = user
-        return self.user is user
 
     def release(self, user: object, *, was_read: bool) -> None:
         """Give it back; `was_read`: the others have been reading it since the last fence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,13 +36,19 @@ class MemoryLedger:
     def __init__(self) -> None:
         self.now: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
         self.peak: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
+        self._lock = threading.Lock()
 
     def add(self, category: str, nbytes: int) -> None:
-        """Count `nbytes` more (fewer if negative) in `category`."""
-        self.set(category, self.now[category] + nbytes)
+        """Count `nbytes` more (fewer if negative) in `category`; any thread may."""
+        with self._lock:
+            self._set(category, self.now[category] + nbytes)
 
     def set(self, category: str, nbytes: int) -> None:
         """Set `category` to what was just measured."""
+        with self._lock:
+            self._set(category, nbytes)
+
+    def _set(self, category: str, nbytes: int) -> None:
         self.now[category] = nbytes
         self.peak[category] = max(self.peak[category], nbytes)
 

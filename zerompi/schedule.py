@@ -58,11 +58,13 @@ class Reductions:
         """Reduce everything that is left at the end of a backward pass. Collective over the world."""
         for unit in self.order[self._next :]:
             unit.reduce(scale)
+        self._settle()
         # Gradients may have come after their unit was reduced: a unit that several reentrant
         # checkpoints run gets its gradient in several parts.
         while any(self.world.agree("end of backward", int(self._has_gradients()))):
             for unit in self.order:
                 unit.reduce(scale)
+            self._settle()
         if not self._learned:
             self._learn()
         self.reset()
@@ -71,6 +73,10 @@ class Reductions:
         """Forget the running backward pass."""
         self._ready.clear()
         self._next = 0
+
+    def _settle(self) -> None:
+        for unit in self.order:
+            unit.settle()
 
     def _has_gradients(self) -> bool:
         return any(unit.has_gradients for unit in self.order)

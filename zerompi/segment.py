@@ -21,11 +21,12 @@ from zerompi.collectives.buffer import Buffer, SharedBuffer
 from zerompi.collectives.group import Group
 from zerompi.collectives.reduce_scatter import reduce_blocks
 from zerompi.collectives.shared import Window
+from zerompi.comm_thread import CommThread
 from zerompi.errors import ZerompiError
 from zerompi.layout import FlatLayout, Range
 from zerompi.placement import Placement, Stage
 from zerompi.precision import MixedPrecision
-from zerompi.regions import Region
+from zerompi.regions import Region, Settling
 from zerompi.report import MemoryLedger, PhaseTimes
 
 
@@ -43,6 +44,7 @@ class Context:
     shard_group: Group
     replica_group: Group | None
     precision: MixedPrecision
+    thread: CommThread
     windows: list[Window] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     memory: MemoryLedger = field(default_factory=MemoryLedger)
@@ -89,7 +91,7 @@ class Segment:
     """
 
     def __init__(self, members: Sequence[tuple[str, nn.Parameter]], context: Context) -> None:
-        self.owner: object = self
+        self.owner: Settling
         self.names = [name for name, _ in members]
         self.parameters = [parameter for _, parameter in members]
         self.context = context
@@ -282,15 +284,14 @@ class Segment:
                 return name
         return None
 
-    def unshard(self) -> None:
-        """Gather the full parameters into `full` and install them. Collective over the shard group."""
+    def gather(self) -> None:
+        """Gather the full parameters into `full`. Collective over the shard group."""
         assert isinstance(self.full, Buffer)
         self.full.restore()
         self.context.memory.add("buffers", self.full.nbytes)
         flat = self.full.tensor
         flat[self.own.start : self.own.stop].copy_(self.shard[: self.own.numel])
         gather_blocks(flat, self.layout.shard_ranges, self.context.shard_group)
-        self.install(flat)
 
     def reshard(self) -> None:
         """Free `full`; the parameters read as NaN until the next `unshard`."""
@@ -353,6 +354,8 @@ class Segment:
                 "embedding with sparse=False"
             )
         self.collected += 1
+        if self.bucket is None and self.region is not None:
+            self.region.claim(self.owner)
         slot = self.view(self._bucket().tensor, index)
         if self.present[index]:
             slot.add_(gradient)
@@ -375,11 +378,11 @@ class Segment:
             self.reduced = None
         numel, dtype = self.layout.padded_numel, self.reduce_dtype
         if self.context.stage.gradient is Placement.SHARD:
-            if self.region is not None and self.region.claim(self.owner):
+            if self.region is not None and self.region.user is self.owner:
                 return self.region.buffer(self.region_offset, numel, dtype)
         elif is_free and self.home is not None:
             return self.home
-        elif is_free and self.region is not None and self.region.claim(self.owner):
+        elif is_free and self.region is not None:
             return self.region.buffer(self.region_offset, numel, dtype)
         return self.context.shard_group.allocate(numel, dtype)
 
@@ -391,7 +394,7 @@ class Segment:
         self.present = [False] * len(self.parameters)
 
     def is_readable(self) -> bool:
-        """Whether the node's other ranks can read the bucket, or can if it is made now."""
+        """Whether the node's other ranks can read the bucket, or can if one is made for this reduction."""
         if self.bucket is not None:
             return isinstance(self.bucket, SharedBuffer)
         if self.context.stage.gradient is Placement.REPLICATE:
@@ -399,7 +402,10 @@ class Segment:
                 return False
             if self.home is not None:
                 return isinstance(self.home, SharedBuffer)
-        return self.region is not None and self.region.claim(self.owner)
+        if self.region is None:
+            return False
+        self.region.claim(self.owner)
+        return self.region.user is self.owner
 
     def reduce(self, used: Sequence[bool], scale: float, *, in_place: bool) -> None:
         """Reduce the bucket to `scale` times the sum over all ranks and install the gradients.

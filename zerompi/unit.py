@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import nn
 
 from zerompi.collectives.buffer import SharedBuffer
+from zerompi.comm_thread import Ticket
 from zerompi.errors import ZerompiError
 from zerompi.placement import Placement
 from zerompi.segment import Context, Segment
@@ -48,6 +50,7 @@ class Unit:
         for segment in self.segments:
             segment.owner = self
         self.holds = 0
+        self._reduction: Ticket | None = None
         self._lent = False
         self.state = UnitState.UNSHARDED
 
@@ -72,11 +75,16 @@ class Unit:
         if self.state is UnitState.UNSHARDED:
             return
         if self.segments:
-            with self.context.times.phase("all_gather"):
-                self.context.world.agree(f"all-gather of the parameters of {self.name}")
-                for segment in self.segments:
-                    segment.unshard()
+            self.context.thread.run(self._gather)
+            for segment in self.segments:
+                segment.install(segment.full.tensor)
         self.state = UnitState.UNSHARDED
+
+    def _gather(self) -> None:
+        with self.context.times.phase("all_gather"):
+            self.context.world.agree(f"all-gather of the parameters of {self.name}")
+            for segment in self.segments:
+                segment.gather()
 
     def reshard(self) -> None:
         """Free the full parameters unless somebody still holds them."""
@@ -104,10 +112,22 @@ class Unit:
     def reduce(self, scale: float) -> None:
         """Reduce the gradients of all ranks and install them; nothing moves if no rank has any.
 
-        Collective over the world. A parameter without a gradient on any rank keeps `grad` as it is.
+        Collective over the world: the communication thread does it, `settle` waits for it. A
+        parameter without a gradient on any rank keeps `grad` as it is.
         """
+        self.settle()
+        readable = all(segment.is_readable() for segment in self.trainable)
+        self._reduction = self.context.thread.submit(partial(self._reduce, scale, readable))
+
+    def settle(self) -> None:
+        """Wait until a reduction that was started is done."""
+        if self._reduction is not None:
+            reduction, self._reduction = self._reduction, None
+            reduction.wait()
+
+    def _reduce(self, scale: float, readable: bool) -> None:
         with self.context.times.phase("reduce"):
-            used, in_place = self._used_anywhere()
+            used, in_place = self._used_anywhere(readable)
             start = 0
             for segment in self.trainable:
                 part = used[start : start + len(segment.present)]
@@ -118,6 +138,7 @@ class Unit:
 
     def discard_gradients(self) -> None:
         """Forget what is not reduced yet."""
+        self.settle()
         for segment in self.trainable:
             segment.discard_gradients()
             segment.collected = 0
@@ -129,13 +150,13 @@ class Unit:
                 if segment.region is not None:
                     segment.region.release(self, was_read=was_read)
 
-    def _used_anywhere(self) -> tuple[list[bool], bool]:
+    def _used_anywhere(self, readable: bool) -> tuple[list[bool], bool]:
         """For each trainable parameter, whether any rank has a gradient for it.
 
-        And whether the ranks of every node can read each other's buckets.
+        And whether the ranks of every node can read each other's buckets, if `readable` tells that
+        of this one's.
         """
         present = [flag for segment in self.trainable for flag in segment.present]
-        readable = all(segment.is_readable() for segment in self.trainable)
         used: list[bool] = []
         for start in range(0, len(present), _FLAGS_PER_HEADER):
             part = present[start : start + _FLAGS_PER_HEADER]

@@ -389,6 +389,7 @@ class Zero:
     def _agree(self, operation: str) -> None:
         """Make sure that all ranks are about to do the same."""
         self._check_open()
+        self._context.thread.drain()
         self._context.world.agree(operation)
 
     # -- end -----------------------------------------------------------------------------------
@@ -403,6 +404,7 @@ class Zero:
             return
         self._agree("close of the partition")
         self._closed = True
+        self._context.thread.close()
         atexit.unregister(self._at_exit)
         self._hooks.remove()
         self._optimizer.remove()

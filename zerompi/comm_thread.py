@@ -1,0 +1,157 @@
+"""The communication thread: one queue, so that collectives start in one order on all ranks.
+
+MPI moves data inside MPI calls only (MPI-4.1, section 6.12 leaves progress to the library), and a rank
+that waits at a fence computes nothing. A thread that makes these calls lets the other one compute
+meanwhile, with every MPI library that gives MPI_THREAD_MULTIPLE.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from mpi4py import MPI
+
+from zerompi.errors import ZerompiError
+
+_SWITCH = "ZEROMPI_COMM_THREAD"
+
+_log = logging.getLogger("zerompi")
+
+
+class Ticket:
+    """One piece of work in the queue."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the work has ended, well or not."""
+        return self._done.is_set()
+
+    def wait(self) -> None:
+        """Wait until the work is done; raise what it raised."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    def run(self) -> None:
+        """Do the work."""
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+        self._done.set()
+
+    def cancel(self, error: BaseException) -> None:
+        """End without doing the work, because of an `error` before it."""
+        self._error = error
+        self._done.set()
+
+
+class CommThread:
+    """Does the collectives of one partition, in the order in which they are submitted.
+
+    Every rank submits the same work in the same order. What fails cancels what is queued behind it;
+    the error is raised where its ticket, or the end of the queue, is waited for.
+
+    Args:
+        is_wanted: whether there is anything to overlap; else, or where MPI does not allow several
+            threads to call it, all work is done at once by the caller.
+    """
+
+    def __init__(self, *, is_wanted: bool) -> None:
+        self._queue: deque[Ticket] = deque()
+        self._changed = threading.Condition()
+        self._last: Ticket | None = None
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        if is_wanted and _is_possible():
+            self._thread = threading.Thread(target=self._loop, name="zerompi-comm", daemon=True)
+            self._thread.start()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether work is done beside the caller's."""
+        return self._thread is not None
+
+    def submit(self, work: Callable[[], None]) -> Ticket:
+        """Queue `work`; it is done after everything that was submitted before."""
+        ticket = Ticket(work)
+        if self._thread is None:
+            ticket.run()
+            return ticket
+        with self._changed:
+            if self._is_closed:
+                raise ZerompiError("this partition is closed")
+            self._queue.append(ticket)
+            self._last = ticket
+            self._changed.notify()
+        return ticket
+
+    def drain(self) -> None:
+        """Wait until everything that was submitted is done; raise what the last of it raised."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.wait()
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do `work` after everything that was submitted before, and wait for it."""
+        if self._last is None or self._last.is_done:
+            self.drain()
+            work()
+        else:
+            self.submit(work).wait()
+
+    def close(self) -> None:
+        """End the thread, after everything that was submitted."""
+        if self._thread is None:
+            return
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+        self._thread = None
+
+    def _loop(self) -> None:
+        torch.set_grad_enabled(False)  # of this thread
+        while True:
+            with self._changed:
+                while not self._queue and not self._is_closed:
+                    self._changed.wait()
+                if not self._queue:
+                    return
+                ticket = self._queue.popleft()
+            ticket.run()
+            if ticket._error is not None:
+                self._cancel_rest(ticket._error)
+
+    def _cancel_rest(self, error: BaseException) -> None:
+        with self._changed:
+            rest = list(self._queue)
+            self._queue.clear()
+        for ticket in rest:
+            ticket.cancel(error)
+
+
+@cache
+def _is_possible() -> bool:
+    """Whether a thread may communicate beside the caller's; said once if not."""
+    if os.environ.get(_SWITCH, "1") == "0":
+        return False
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        if MPI.COMM_WORLD.rank == 0:
+            _log.warning(
+                "communication does not overlap with computation: the MPI library was initialised "
+                "without MPI_THREAD_MULTIPLE"
+            )
+        return False
+    return True
