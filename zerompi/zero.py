@@ -94,6 +94,16 @@ class Zero:
         """Names of the modules whose parameters are gathered together."""
         return [unit.name for unit in self._units]
 
+    @property
+    def num_copies(self) -> int:
+        """How many copies of the full parameters the ranks make that hold them in shards together.
+
+        One for each node where its ranks share memory, one for each rank elsewhere.
+        """
+        group = self._context.shard_group
+        shared = any(segment.is_node_copy for unit in self._units for segment in unit.segments)
+        return group.topology.num_nodes if shared else group.size
+
     # -- training ------------------------------------------------------------------------------
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:

@@ -81,14 +81,24 @@ def test_the_learning_rate_rises_and_falls_to_a_tenth() -> None:
 @pytest.mark.parametrize(("stage", "elements"), [(0, 2), (1, 2), (2, 2), (3, 3)])
 def test_theory_is_two_or_three_times_the_parameters(stage: int, elements: int) -> None:
     theory = traffic_theory(
-        1000, stage=stage, num_shards=4, num_replicas=1, param_nbytes=4, passes=1
+        1000, stage=stage, num_shards=4, num_replicas=1, num_copies=4, param_nbytes=4, passes=1
     )
     assert sum(theory.values()) == pytest.approx(elements * 1000 * 4 * 3 / 4)
 
 
 def test_theory_of_several_copies_adds_the_reduction_between_them() -> None:
-    theory = traffic_theory(1000, stage=3, num_shards=2, num_replicas=2, param_nbytes=2, passes=3)
+    theory = traffic_theory(
+        1000, stage=3, num_shards=2, num_replicas=2, num_copies=2, param_nbytes=2, passes=3
+    )
     assert theory == {"reduce_scatter": 2000, "all_gather": 6000, "all_reduce": 2000}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_theory_of_one_node_moves_gradients_only(stage: int) -> None:
+    theory = traffic_theory(
+        1000, stage=stage, num_shards=4, num_replicas=1, num_copies=1, param_nbytes=4, passes=1
+    )
+    assert theory == {"reduce_scatter": 3000}
 
 
 def test_seconds_of_phases_are_means_over_the_steps_that_no_evaluation_preceded() -> None:

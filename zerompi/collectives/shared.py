@@ -18,7 +18,10 @@ from zerompi.collectives.fence import RANK_NBYTES, Fence
 PAGE_NBYTES = 4096
 STAGING_NBYTES = 4 << 20  # of each rank and half
 _SWITCH = "ZEROMPI_SHARED_MEMORY"
-_SHARE_OF_FREE = 0.9  # of the free shared memory, or address space, we take at most this part
+# We take at most this part of what is free: of the machine's shared memory, and, where the process has
+# a limit, of its address space, in which the windows of all ranks of the node count.
+_SHARE_OF_FREE = 0.9
+_SHARE_OF_ADDRESSES = 0.25
 _WHERE_WINDOWS_LIE = "/dev/shm"  # noqa: S108
 
 
@@ -125,7 +128,7 @@ def has_room(nbytes: int) -> bool:
     if limit != resource.RLIM_INFINITY:
         with open("/proc/self/statm") as statm:
             limit -= int(statm.read().split()[0]) * resource.getpagesize()
-        if nbytes > _SHARE_OF_FREE * limit:
+        if nbytes > _SHARE_OF_ADDRESSES * limit:
             return False
     try:
         state = os.statvfs(_WHERE_WINDOWS_LIE)

@@ -77,25 +77,33 @@ class Summary:
 
 
 def traffic_theory(
-    numel: int, *, stage: int, num_shards: int, num_replicas: int, param_nbytes: int, passes: int
+    numel: int,
+    *,
+    stage: int,
+    num_shards: int,
+    num_replicas: int,
+    num_copies: int,
+    param_nbytes: int,
+    passes: int,
 ) -> dict[str, float]:
     """Bytes that a rank sends per step, the mean over ranks, by label.
 
     Rajbhandari et al., arXiv:1910.02054, section 7: 2 Psi elements at stages 0 to 2, 3 Psi at stage
     3, times (N - 1) / N; gradients travel as float32. At stage 3 the parameters travel twice in
-    each of the `passes` of a step. Between copies of MiCS (arXiv:2205.00119) the shard's gradients
-    are all-reduced.
+    each of the `passes` of a step. Ranks that share a node's copy get their parameters together:
+    each shard goes to the other ones of `num_copies` only. Between replicas (MiCS, arXiv:2205.00119)
+    the shard's gradients are all-reduced.
     """
     gradient_nbytes = 4
     size = num_shards * num_replicas
     if stage == 0:
         return {"all_reduce": 2 * numel * gradient_nbytes * (size - 1) / size}
-    shared = numel * (num_shards - 1) / num_shards
-    bytes_of = {"reduce_scatter": gradient_nbytes * shared}
-    if stage == 3:
-        bytes_of["all_gather"] = 2 * passes * param_nbytes * shared
-    else:
-        bytes_of["refresh"] = param_nbytes * shared
+    bytes_of = {"reduce_scatter": gradient_nbytes * numel * (num_shards - 1) / num_shards}
+    gathered = param_nbytes * numel * (num_copies - 1) / num_shards
+    if stage == 3 and gathered:
+        bytes_of["all_gather"] = 2 * passes * gathered
+    elif gathered:
+        bytes_of["refresh"] = gathered
     if num_replicas > 1:
         shard = numel / num_shards
         bytes_of["all_reduce"] = 2 * shard * gradient_nbytes * (num_replicas - 1) / num_replicas
@@ -151,6 +159,7 @@ def summarise(
             stage=config.stage,
             num_shards=shards,
             num_replicas=comm.size // shards,
+            num_copies=job.zero.num_copies,
             param_nbytes=itemsize,
             passes=config.accumulate,
         ),
