@@ -7,6 +7,7 @@ meanwhile, with every MPI library that gives MPI_THREAD_MULTIPLE.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
@@ -20,6 +21,8 @@ from mpi4py import MPI
 from zerompi.errors import ZerompiError
 
 _SWITCH = "ZEROMPI_COMM_THREAD"
+
+_M_ARENA_MAX = -8  # of mallopt(3) of the GNU C library
 
 _log = logging.getLogger("zerompi")
 
@@ -75,6 +78,7 @@ class CommThread:
         self._thread: threading.Thread | None = None
         self._is_closed = False
         if is_wanted and _is_possible():
+            _share_heap()
             self._thread = threading.Thread(target=self._loop, name="zerompi-comm", daemon=True)
             self._thread.start()
 
@@ -140,6 +144,17 @@ class CommThread:
             self._queue.clear()
         for ticket in rest:
             ticket.cancel(error)
+
+
+@cache
+def _share_heap() -> None:
+    """Let threads that start from now on allocate where the others do.
+
+    A heap of its own would reserve 64 MiB of addresses, and keep what this thread needed at most.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ _MAX_MMAP_THRESHOLD_NBYTES = 32 << 20
 _MIN_MAPPING_NBYTES = 64 << 10
 
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+_lock = threading.Lock()
+_inside = 0  # how many threads allocate such buffers now
 
 
 @contextmanager
@@ -25,15 +28,24 @@ def _own_mapping() -> Iterator[None]:
     On the heap, buffers that come and go would leave holes between the small things allocated
     meanwhile: at stage 3 they would take a multiple of their size.
     """
-    if _mallopt is None:
-        yield
-        return
-    _mallopt(_M_MMAP_THRESHOLD, _MIN_MAPPING_NBYTES)
+    _count(+1)
     try:
         yield
     finally:
-        _mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD_NBYTES)
-        _mallopt(_M_TRIM_THRESHOLD, 2 * _MAX_MMAP_THRESHOLD_NBYTES)
+        _count(-1)
+
+
+def _count(change: int) -> None:
+    global _inside
+    with _lock:
+        _inside += change
+        if _mallopt is None:
+            return
+        if _inside:
+            _mallopt(_M_MMAP_THRESHOLD, _MIN_MAPPING_NBYTES)
+        else:
+            _mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD_NBYTES)
+            _mallopt(_M_TRIM_THRESHOLD, 2 * _MAX_MMAP_THRESHOLD_NBYTES)
 
 
 class Buffer:

@@ -14,7 +14,7 @@ from zerompi.collectives.all_gather import Ranges
 from zerompi.collectives.group import Group
 from zerompi.collectives.summation import sum_in_order
 
-_CHUNK_NBYTES = 4 << 20
+_CHUNK_NBYTES = 1 << 20
 _STAGING_NBYTES = 64 << 20
 
 
