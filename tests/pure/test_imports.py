@@ -22,7 +22,7 @@ LAYERS = [
     {"regions", "segment", "unit", "place", "buffers", "registry"},
     {"hooks", "saved", "schedule", "optimizer", "meta", "state", "checkpoint", "accounting"},
     {"zero", "api"},
-    {"train", "cli"},
+    {"train", "bench", "cli"},
 ]
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 

@@ -114,7 +114,7 @@ def test_info_shows_the_job(run_mpi: Callable[..., MPIRun], ranks: int) -> None:
 
 
 def test_every_command_has_help_with_an_example(run_mpi: Callable[..., MPIRun]) -> None:
-    for command in ([], ["train"], ["info"]):
+    for command in ([], ["train"], ["bench"], ["info"]):
         # Open MPI gives ranks a terminal, where the words would be coloured.
         job = run_mpi(1, ["-m", "zerompi", *command, "--help"], env={"TERM": "dumb"})
         assert job.returncode == 0

@@ -1,4 +1,4 @@
-"""The command line: `zerompi train`, `zerompi info`."""
+"""The command line: `zerompi train`, `zerompi bench`, `zerompi info`."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import typer
 from mpi4py import MPI
 
 import zerompi
+from zerompi.cli.bench import bench
 from zerompi.cli.info import info
 from zerompi.cli.train import add_missing_value, train
 from zerompi.launch import check_world
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog="Example: mpiexec -n 4 zerompi train --data my-book.txt --steps 1000")(train)
+app.command(epilog="Example: mpiexec -n 4 zerompi bench --sizes 1MiB,64MiB")(bench)
 app.command(epilog="Example: mpiexec -n 4 zerompi info")(info)
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from zerompi.arrays import host_bytes
 from zerompi.dtypes import SAME_SUM, accumulate_dtype
 
-# Elements summed at a time. A block of the accumulator stays in a core's own cache while the
-# summands stream through; larger ones do not fit, smaller ones cost more calls than sums.
+# What one thread sums at a time: a block of the accumulator stays in a core's own cache while the
+# summands stream through. Larger ones do not fit; smaller ones cost more calls than sums.
 _BLOCK_NBYTES = 512 << 10
+_NARROW_BLOCK_NBYTES = 256 << 10  # beside a converted summand of the same size
+
+# NumPy's calls cost less than torch's, but use one thread.
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def sum_in_order(summands: Sequence[Tensor], out: Tensor, scale: float) -> None:
@@ -26,36 +33,69 @@ def sum_in_order(summands: Sequence[Tensor], out: Tensor, scale: float) -> None:
         out = out.view(SAME_SUM[out.dtype])
         summands = [summand.view(out.dtype) for summand in summands]
     wide = accumulate_dtype(out.dtype)
-    block = max(1, _BLOCK_NBYTES // wide.itemsize)
+    threads = torch.get_num_threads()
+    nbytes = threads * (_BLOCK_NBYTES if wide is out.dtype else _NARROW_BLOCK_NBYTES)
+    block = max(1, nbytes // wide.itemsize)
     is_direct = wide is out.dtype and all(
         summand.data_ptr() != out.data_ptr() for summand in summands[1:]
     )
-    total = torch.empty(0 if is_direct else min(block, out.numel()), dtype=wide)
-    spare = torch.empty(0 if wide is out.dtype else total.numel(), dtype=wide)
+    if is_direct and threads == 1 and wide in _NUMPY:
+        _sum_blocks([_array(s) for s in summands], _array(out), scale, block, np.add, np.multiply)
+    elif is_direct and wide is not torch.bool:
+        _sum_blocks(summands, out, scale, block, torch.add, torch.mul)
+    else:
+        _sum_through_accumulator(summands, out, scale, block, wide)
+
+
+def _array(tensor: Tensor) -> Any:
+    """A NumPy array over the memory of a tensor, which does not keep torch from resizing it."""
+    return np.frombuffer(host_bytes(tensor).cast("B"), dtype=_NUMPY[tensor.dtype])
+
+
+def _sum_blocks(
+    summands: Sequence[Any],
+    out: Any,
+    scale: float,
+    block: int,
+    add: Callable[..., Any],
+    multiply: Callable[..., Any],
+) -> None:
+    """The sum block by block, accumulated in `out`; with NumPy's operations or torch's."""
+    first, *rest = summands
+    for start in range(0, len(out), block):
+        part = slice(start, start + block)
+        target = out[part]
+        if rest:
+            add(first[part], rest[0][part], out=target)
+        else:
+            target[:] = first[part]
+        for summand in rest[1:]:
+            add(target, summand[part], out=target)
+        if scale != 1.0:
+            multiply(target, scale, out=target)
+
+
+def _sum_through_accumulator(
+    summands: Sequence[Tensor], out: Tensor, scale: float, block: int, wide: torch.dtype
+) -> None:
+    """The sum block by block, in an accumulator of the wide dtype."""
+    length = min(block, out.numel())
+    total = torch.empty(length, dtype=wide)
+    spare = torch.empty(0 if wide is out.dtype else length, dtype=wide)
     for target, *parts in zip(
         out.split(block), *(summand.split(block) for summand in summands), strict=True
     ):
-        length = target.numel()
-        accumulator = target if is_direct else total[:length]
-        _sum_block(parts, accumulator, spare[:length])
+        accumulator = total[: target.numel()]
+        accumulator.copy_(parts[0])
+        for part in parts[1:]:
+            if wide is torch.bool:
+                accumulator |= part
+            elif wide is out.dtype:
+                accumulator += part
+            else:
+                converted = spare[: target.numel()]
+                converted.copy_(part)
+                accumulator += converted
         if scale != 1.0:
             accumulator.mul_(scale)
-        if not is_direct:
-            target.copy_(accumulator)
-
-
-def _sum_block(parts: Sequence[Tensor], total: Tensor, spare: Tensor) -> None:
-    """`total` = the sum of `parts`; `spare` is overwritten where they have a narrower dtype."""
-    if parts[0].dtype is not total.dtype:
-        total.copy_(parts[0])
-        for part in parts[1:]:
-            spare.copy_(part)
-            total += spare
-        return
-    if len(parts) == 1:
-        total.copy_(parts[0])
-        return
-    add = torch.logical_or if total.dtype is torch.bool else torch.add
-    add(parts[0], parts[1], out=total)
-    for part in parts[2:]:
-        add(total, part, out=total)
+        target.copy_(accumulator)

@@ -1,0 +1,62 @@
+"""`zerompi bench` measures every way of a collective, and refuses what it does not know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.mpirun import MPIRun
+from zerompi.bench.collectives import COLLECTIVES, measure
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_every_way_is_measured(comm, collective, dtype):
+    results = measure(comm, collective, 10_000, dtype, repeats=2)
+    ways = [result.way for result in results]
+    assert {"messages", "copy"} <= set(ways)
+    assert len(ways) == len(set(ways))
+    has_mpi = dtype is torch.float32 or collective == "all_gather"
+    assert ("MPI" in ways) == has_mpi
+    for result in results:
+        assert result.seconds > 0
+        assert result.nbytes >= 10_000
+        assert (result.ratio is not None) == has_mpi
+    assert comm.allgather(results) == [results] * comm.size
+
+
+def test_results_can_be_saved_and_compared(run_mpi: Callable[..., MPIRun], tmp_path: Path) -> None:
+    words = ["-m", "zerompi", "bench", "--sizes", "1KiB", "--collectives", "all_gather"]
+    saved = tmp_path / "site.json"
+    job = run_mpi(2, [*words, "--repeats", "1", "--out", saved])
+    assert job.returncode == 0, job.output
+    content = json.loads(saved.read_text())
+    assert content["ranks"] == 2
+    assert {row["collective"] for row in content["results"]} == {"all_gather"}
+    job = run_mpi(2, [*words, "--repeats", "1", "--compare", saved])
+    assert job.returncode == 0, job.output
+    assert "before" in job.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "7"], "--sizes: expected sizes such as 64KiB or 16MiB, up to 1GiB, got '7'"),
+        (["--sizes", "2GiB"], "--sizes: expected sizes such as"),
+        (["--collectives", "gather"], "--collectives: expected some of reduce_scatter,"),
+        (["--dtypes", "int8"], "--dtypes: expected some of float32,"),
+        (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
+        (["--compare", "/no/such/file"], "/no/such/file: No such file or directory"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    run_mpi: Callable[..., MPIRun], arguments: list[str], message: str
+) -> None:
+    job = run_mpi(2, ["-m", "zerompi", "bench", *arguments])
+    assert job.returncode == 2, job.output
+    assert job.stderr.count("error: ") == 1
+    assert message in job.stderr

@@ -1,0 +1,49 @@
+"""Ranks that are late now and then change no bit: what one reads, another has finished writing."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+import torch
+
+import zerompi
+from models import CASES, build, own_slice
+
+STEPS = 40
+
+
+def weights_after(comm, stage, topology, longest):
+    """The weights after training in which random ranks sleep in random modules and hooks."""
+    case = CASES["gpt"]
+    model, optimizer = build(case)
+    source = random.Random(comm.rank)
+
+    def pause(*_):
+        if longest and source.random() < 0.1:
+            time.sleep(longest * source.random())
+
+    for module in model.modules():
+        module.register_forward_hook(pause)
+        module.register_full_backward_hook(pause)
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology) as zero:
+        for step in range(STEPS):
+            x, y = own_slice(case.batch(step), comm.rank, comm.size)
+            case.loss(model(x), y).backward()
+            pause()
+            optimizer.step()
+            optimizer.zero_grad()
+        return zero.full_state_dict()
+
+
+@pytest.mark.parametrize("ranks_per_node", [4, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_late_ranks_change_no_bit(comm, stage, ranks_per_node):
+    if ranks_per_node == 2 and comm.size < 3:
+        pytest.skip("one node")
+    topology = zerompi.Topology(comm, ranks_per_node)
+    expected = weights_after(comm, stage, topology, 0.0)
+    state = weights_after(comm, stage, topology, 0.003)
+    for name, value in expected.items():
+        assert torch.equal(state[name], value), name

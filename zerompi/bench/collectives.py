@@ -1,0 +1,205 @@
+"""Collectives of zerompi beside the MPI library's own and a plain copy, by turns in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from zerompi.arrays import host_bytes
+from zerompi.collectives import Group, all_gather, all_reduce, reduce_scatter
+from zerompi.collectives.all_gather import gather_node_copy
+from zerompi.collectives.reduce_scatter import reduce_blocks
+from zerompi.collectives.shared import Window, has_room
+from zerompi.topology import Topology
+
+COLLECTIVES = ("reduce_scatter", "all_gather", "all_reduce")
+COPY = "copy"
+_SHORTEST = 0.02  # seconds that a measurement should last at least; short calls are repeated
+_MOST_CALLS = 200
+
+Call = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One collective, size, dtype and way of doing it.
+
+    Attributes:
+        collective: its name.
+        way: "shared" (what lies in the node's shared memory), "staged" (arrays that lie anywhere),
+            "messages" (every rank as if it were a node), "MPI" (the library's own), "copy" (each rank
+            copies the same number of bytes in its own memory).
+        nbytes: of the whole buffer on each rank.
+        dtype: of its elements.
+        seconds: of one call, the slowest rank's; the median of the repetitions.
+        ratio: the median over repetitions of MPI's time by this one's; None where MPI has none.
+    """
+
+    collective: str
+    way: str
+    nbytes: int
+    dtype: str
+    seconds: float
+    ratio: float | None
+
+
+def measure(
+    comm: MPI.Intracomm, collective: str, nbytes: int, dtype: torch.dtype, repeats: int
+) -> list[Result]:
+    """Time all ways of one collective, by turns. Collective over `comm`.
+
+    Args:
+        comm: the ranks.
+        collective: one of COLLECTIVES.
+        nbytes: of the whole buffer, rounded up to equal blocks.
+        dtype: of its elements.
+        repeats: how often each way takes its turn.
+    """
+    block = max(1, -(-nbytes // (dtype.itemsize * comm.size)))
+    with _ways(comm, collective, block, dtype) as ways:
+        counts = {way: _warm_up(comm, call) for way, call in ways.items()}
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(repeats):
+            for way, call in ways.items():
+                times[way].append(_time(comm, call, counts[way]))
+    own = times.get("MPI")
+    return [
+        Result(
+            collective,
+            way,
+            block * comm.size * dtype.itemsize,
+            str(dtype).removeprefix("torch."),
+            median(seconds),
+            None if own is None else median(a / b for a, b in zip(own, seconds, strict=True)),
+        )
+        for way, seconds in times.items()
+    ]
+
+
+def _time(comm: MPI.Intracomm, call: Call, count: int) -> float:
+    comm.Barrier()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return float(comm.allreduce(time.perf_counter() - start, MPI.MAX)) / count
+
+
+def _warm_up(comm: MPI.Intracomm, call: Call) -> int:
+    """Touch all memory; return how many calls make a measurement long enough."""
+    _time(comm, call, 2)
+    seconds = _time(comm, call, 1)
+    return min(_MOST_CALLS, max(1, int(_SHORTEST / max(seconds, 1e-9))))
+
+
+@contextmanager
+def _ways(
+    comm: MPI.Intracomm, collective: str, block: int, dtype: torch.dtype
+) -> Iterator[dict[str, Call]]:
+    group = Group(comm)
+    by_messages = Group(comm, Topology(comm, ranks_per_node=1))
+    send = torch.ones(block * comm.size, dtype=dtype)
+    recv = torch.empty(block * comm.size, dtype=dtype)
+    made = {
+        "reduce_scatter": _reduce_scatter,
+        "all_gather": _all_gather,
+        "all_reduce": _all_reduce,
+    }[collective](send, recv, group, by_messages)
+    windows: list[Window] = []
+    shared = _shared_way(collective, block, dtype, group, windows)
+    if shared is not None:
+        made = {"shared": shared, **made}
+    copied = recv.clone()
+
+    def copy() -> None:
+        copied.copy_(send)
+
+    made[COPY] = copy
+    yield made
+    del shared, made
+    for window in windows:
+        window.close()
+    by_messages.close()
+    group.close()
+
+
+def _shared_way(
+    collective: str, block: int, dtype: torch.dtype, group: Group, windows: list[Window]
+) -> Call | None:
+    """What a partition does with buffers in the node's shared memory; None where it cannot."""
+    node, size, rank = group.node, group.size, group.rank
+    nbytes = block * size * dtype.itemsize
+    fits = node is not None and has_room(nbytes * size)
+    if node is None or not all(group.agree("windows of the benchmark", int(fits))):
+        return None
+    ranges = [(r * block, (r + 1) * block) for r in range(size)]
+    if collective == "reduce_scatter":
+        window = Window(node.comm, [nbytes] * node.comm.size)
+        peers = window.parts(0, block * size, dtype)
+        peers[node.comm.rank].fill_(1)
+        out = torch.empty(block, dtype=dtype)
+        windows.append(window)
+
+        def reduce() -> None:
+            reduce_blocks(peers[node.comm.rank], out, ranges, group, peers=peers)
+            node.fence.wait_finished(node.fence.count)
+
+        return reduce
+    if collective == "all_gather":
+        window = Window(node.comm, [nbytes, *[0] * (node.comm.size - 1)])
+        full = window.parts(0, block * size, dtype)[0]
+        full[rank * block : (rank + 1) * block].fill_(1)
+        windows.append(window)
+        return lambda: gather_node_copy(full, ranges, group)
+    return None
+
+
+def _mpi_type(dtype: torch.dtype) -> MPI.Datatype | None:
+    return {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE}.get(dtype)
+
+
+def _reduce_scatter(
+    send: Tensor, recv: Tensor, group: Group, by_messages: Group
+) -> dict[str, Call]:
+    own = recv[: recv.numel() // group.size]
+    ways: dict[str, Call] = {}
+    if group.node is not None:
+        ways["staged"] = lambda: reduce_scatter(send, own, group)
+    ways["messages"] = lambda: reduce_scatter(send, own, by_messages)
+    kind = _mpi_type(send.dtype)
+    if kind is not None:
+        ways["MPI"] = lambda: group.comm.Reduce_scatter_block(
+            [host_bytes(send), own.numel(), kind], [host_bytes(own), own.numel(), kind]
+        )
+    return ways
+
+
+def _all_gather(send: Tensor, recv: Tensor, group: Group, by_messages: Group) -> dict[str, Call]:
+    own = send[: send.numel() // group.size]
+    ways: dict[str, Call] = {}
+    if group.node is not None:
+        ways["staged"] = lambda: all_gather(own, recv, group)
+    ways["messages"] = lambda: all_gather(own, recv, by_messages)
+    ways["MPI"] = lambda: group.comm.Allgather(
+        [host_bytes(own), MPI.BYTE], [host_bytes(recv), own.nbytes, MPI.BYTE]
+    )
+    return ways
+
+
+def _all_reduce(send: Tensor, recv: Tensor, group: Group, by_messages: Group) -> dict[str, Call]:
+    ways: dict[str, Call] = {}
+    if group.node is not None:
+        ways["staged"] = lambda: all_reduce(send, recv, group)
+    ways["messages"] = lambda: all_reduce(send, recv, by_messages)
+    kind = _mpi_type(send.dtype)
+    if kind is not None:
+        ways["MPI"] = lambda: group.comm.Allreduce(
+            [host_bytes(send), send.numel(), kind], [host_bytes(recv), recv.numel(), kind]
+        )
+    return ways
