@@ -28,12 +28,18 @@ _log = logging.getLogger("zerompi")
 
 
 class Ticket:
-    """One piece of work in the queue."""
+    """One piece of work in the queue.
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    Args:
+        work: what to do.
+        on_raise: called when `wait` raises what went wrong.
+    """
+
+    def __init__(self, work: Callable[[], None], on_raise: Callable[[], None]) -> None:
         self._work = work
+        self._on_raise = on_raise
         self._done = threading.Event()
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
 
     @property
     def is_done(self) -> bool:
@@ -43,28 +49,34 @@ class Ticket:
     def wait(self) -> None:
         """Wait until the work is done; raise what it raised."""
         self._done.wait()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            self._on_raise()
+            raise self.error
 
-    def run(self) -> None:
-        """Do the work."""
+    def abandon(self) -> None:
+        """Wait until the work is done, however it ends."""
+        self._done.wait()
+
+    def run(self) -> BaseException | None:
+        """Do the work; return what it raised. `end` has to follow."""
         try:
             self._work()
         except BaseException as error:
-            self._error = error
-        self._done.set()
+            return error
+        return None
 
-    def cancel(self, error: BaseException) -> None:
-        """End without doing the work, because of an `error` before it."""
-        self._error = error
+    def end(self, error: BaseException | None) -> None:
+        """Let those know who wait; `error`: of the work, or before it."""
+        self.error = error
         self._done.set()
 
 
 class CommThread:
     """Does the collectives of one partition, in the order in which they are submitted.
 
-    Every rank submits the same work in the same order. What fails cancels what is queued behind it;
-    the error is raised where its ticket, or the end of the queue, is waited for.
+    Every rank submits the same work in the same order. What fails cancels what is queued behind it,
+    and what is submitted until the error has been raised: where a ticket of these, or the end of the
+    queue, is waited for.
 
     Args:
         is_wanted: whether there is anything to overlap; else, or where MPI does not allow several
@@ -75,6 +87,7 @@ class CommThread:
         self._queue: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._last: Ticket | None = None
+        self._error: BaseException | None = None  # not raised yet
         self._thread: threading.Thread | None = None
         self._is_closed = False
         if is_wanted and _is_possible():
@@ -89,20 +102,28 @@ class CommThread:
 
     def submit(self, work: Callable[[], None]) -> Ticket:
         """Queue `work`; it is done after everything that was submitted before."""
-        ticket = Ticket(work)
+        ticket = Ticket(work, self._forget_error)
         if self._thread is None:
-            ticket.run()
+            work()
+            ticket.end(None)
             return ticket
         with self._changed:
             if self._is_closed:
                 raise ZerompiError("this partition is closed")
-            self._queue.append(ticket)
             self._last = ticket
-            self._changed.notify()
+            if self._error is not None:
+                ticket.end(self._error)
+            else:
+                self._queue.append(ticket)
+                self._changed.notify()
         return ticket
 
+    def _forget_error(self) -> None:
+        with self._changed:
+            self._error = self._last = None
+
     def drain(self) -> None:
-        """Wait until everything that was submitted is done; raise what the last of it raised."""
+        """Wait until everything that was submitted is done; raise what went wrong, once."""
         if self._last is not None:
             last, self._last = self._last, None
             last.wait()
@@ -134,16 +155,18 @@ class CommThread:
                 if not self._queue:
                     return
                 ticket = self._queue.popleft()
-            ticket.run()
-            if ticket._error is not None:
-                self._cancel_rest(ticket._error)
+            error = ticket.run()
+            rest = [] if error is None else self._break(error)
+            for ended in (ticket, *rest):
+                ended.end(error)
 
-    def _cancel_rest(self, error: BaseException) -> None:
+    def _break(self, error: BaseException) -> list[Ticket]:
+        """Accept nothing until `error` has been raised; return what was queued."""
         with self._changed:
+            self._error = error
             rest = list(self._queue)
             self._queue.clear()
-        for ticket in rest:
-            ticket.cancel(error)
+        return rest
 
 
 @cache

@@ -39,18 +39,19 @@ class Region:
 
     def claim(self, user: Settling) -> None:
         """Make `user` the user, unless somebody else is, who is still filling the region."""
-        if self.user is not None and self.user is not user:
-            self.user.settle()
+        current = self.user  # the communication thread may release it meanwhile
+        if current is not None and current is not user:
+            current.settle()
         if self.user is None:
             self._fence.wait_finished(self._read_at)
             self.user = user
 
-    def release(self, user: object, *, was_read: bool) -> None:
+    def release(self, user: Settling, *, was_read: bool) -> None:
         """Give it back; `was_read`: the others have been reading it since the last fence."""
         if self.user is user:
-            self.user = None
             if was_read:
                 self._read_at = self._fence.count
+            self.user = None  # last: who sees this knows when it was read
 
     def buffer(self, offset: int, numel: int, dtype: torch.dtype) -> SharedBuffer:
         """`numel` elements that start `offset` bytes after the region's beginning."""

@@ -75,8 +75,13 @@ class Reductions:
         self._next = 0
 
     def _settle(self) -> None:
-        for unit in self.order:
-            unit.settle()
+        try:
+            for unit in self.order:
+                unit.settle()
+        except BaseException:
+            for unit in self.order:
+                unit.abandon_reduction()
+            raise
 
     def _has_gradients(self) -> bool:
         return any(unit.has_gradients for unit in self.order)

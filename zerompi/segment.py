@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zerompi.collectives.all_gather import gather_blocks, gather_node_copy
 from zerompi.collectives.all_reduce import reduce_all
 from zerompi.collectives.broadcast import broadcast
-from zerompi.collectives.buffer import Buffer, SharedBuffer
+from zerompi.collectives.buffer import Buffer, SharedBuffer, lend
 from zerompi.collectives.group import Group
 from zerompi.collectives.reduce_scatter import reduce_blocks
 from zerompi.collectives.shared import Window
@@ -119,7 +119,7 @@ class Segment:
         self.region: Region | None = None
         self.region_offset = 0
         self.home: Buffer | SharedBuffer | None = None
-        self._handed_out: list[weakref.ref[Tensor]] = []
+        self._handed_out: list[weakref.ref[object]] = []
         self._versions: list[int] = []
 
     def allocate(self, node_copy: SharedBuffer | None) -> None:
@@ -454,7 +454,7 @@ class Segment:
         """Whether nobody has the last reduced gradients any more: `zero_grad` has been called."""
         if any(piece.grad is not None for piece in self.pieces):
             return False
-        return all(gradient() is None for gradient in self._handed_out)
+        return all(memory() is None for memory in self._handed_out)
 
     def _install_gradients(self, result: Tensor, used: Sequence[bool]) -> None:
         """Make `result` the pieces' gradient, adding where `zero_grad` has not been called.
@@ -464,13 +464,14 @@ class Segment:
         dtype's memory only.
         """
         if self.reduce_dtype is self.main_dtype:
+            lent, handed_out = lend(result)
             for i, piece in enumerate(self.pieces):
                 if used[i]:
-                    part = self._part(result, i)
+                    part = self._part(lent, i)
                     piece.grad = part if piece.grad is None else piece.grad.add_(part)
-            self._handed_out = [
-                weakref.ref(piece.grad) for piece in self.pieces if piece.grad is not None
-            ] + [gradient for gradient in self._handed_out if gradient() is not None]
+            self._handed_out = [ref for ref in self._handed_out if ref() is not None]
+            if handed_out is not None:
+                self._handed_out.append(handed_out)
             return
         if self.reduced is not None and any(piece.grad is not None for piece in self.pieces):
             for i, piece in enumerate(self.pieces):
@@ -512,11 +513,11 @@ class Segment:
 
     def leave_shared_memory(self) -> None:
         """Give parameters and pieces memory of this rank's own where they have had the node's."""
-        self.bucket = self.region = None
+        self.bucket = self.region = self.reduced = None
         if isinstance(self.home, SharedBuffer):
             self.home = None
             for piece in self.pieces:
-                if piece.grad is not None:
+                if piece.grad is not None and not _is_marker(piece.grad):
                     piece.grad = piece.grad.clone()
         if not self.is_node_copy:
             return

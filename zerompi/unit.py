@@ -125,6 +125,12 @@ class Unit:
             reduction, self._reduction = self._reduction, None
             reduction.wait()
 
+    def abandon_reduction(self) -> None:
+        """Wait until a reduction that was started is done, however it ends."""
+        if self._reduction is not None:
+            self._reduction.abandon()
+            self._reduction = None
+
     def _reduce(self, scale: float, readable: bool) -> None:
         with self.context.times.phase("reduce"):
             used, in_place = self._used_anywhere(readable)
@@ -137,8 +143,8 @@ class Unit:
             self._release_regions(was_read=in_place and any(used))
 
     def discard_gradients(self) -> None:
-        """Forget what is not reduced yet."""
-        self.settle()
+        """Forget what is not reduced yet, and how a reduction that was started ended."""
+        self.abandon_reduction()
         for segment in self.trainable:
             segment.discard_gradients()
             segment.collected = 0

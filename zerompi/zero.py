@@ -439,7 +439,7 @@ class Zero:
         """Tell ranks that still train that this one has ended, so that they do not wait for it."""
         if not self._closed and not launch.is_alone():
             try:
-                self._context.world.agree("end of the program")
+                self._agree("end of the program")
             except MismatchError as error:  # nobody else would see it: atexit swallows exceptions
                 launch.report_and_abort(type(error), error, error.__traceback__)
 

@@ -391,3 +391,25 @@ def test_close_removes_every_hook_and_the_partition_refuses_use(comm, stage):
         zero.full_state_dict()
     with pytest.raises(zerompi.ZerompiError, match="closed"):
         zero.clip_grad_norm_(1.0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_that_somebody_keeps_stay_as_they_are(comm, stage):
+    """The memory of reduced gradients is used again, but not while anybody looks at it."""
+    case = CASES["mlp"]
+    model, optimizer = build(case)
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm):
+        kept, copies = [], []
+        for step in range(4):
+            x, y = own_slice(case.batch(step), comm.rank, comm.size)
+            case.loss(model(x), y).backward()
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            looks = [lambda g: g.detach(), lambda g: g.view(-1), lambda g: g]
+            kept.append([looks[step % 3](g) for g in grads if g is not None])
+            copies.append([tensor.clone() for tensor in kept[-1]])
+            del grads
+            optimizer.step()
+            optimizer.zero_grad()
+        for tensors, expected in zip(kept, copies, strict=True):
+            for tensor, copy in zip(tensors, expected, strict=True):
+                assert torch.equal(tensor, copy)

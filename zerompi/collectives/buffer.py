@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -95,3 +96,15 @@ class SharedBuffer:
         self.peers = peers
         self.tensor = peers[rank]
         self.nbytes = self.tensor.nbytes
+
+
+def lend(tensor: Tensor) -> tuple[Tensor, weakref.ref[object] | None]:
+    """The same elements for somebody else, and a reference that is dead when nobody has them any more.
+
+    Whatever looks at the memory (views, detached tensors, NumPy arrays) counts. None of no elements.
+    """
+    if not tensor.numel():
+        return tensor, None
+    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.owner = tensor  # type: ignore[attr-defined]
+    return torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype), weakref.ref(memory)

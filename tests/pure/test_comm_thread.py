@@ -1,0 +1,63 @@
+"""The queue of the communication thread: order, errors, and what comes behind an error."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from zerompi.comm_thread import CommThread
+
+
+@pytest.fixture(params=[True, False], ids=["thread", "caller"])
+def thread(request):
+    made = CommThread(is_wanted=request.param)
+    yield made
+    made.close()
+
+
+def test_work_is_done_in_the_order_of_submission(thread):
+    done = []
+    for number in range(50):
+        thread.submit(lambda number=number: done.append(number))
+    thread.run(lambda: done.append(50))
+    assert done == list(range(51))
+
+
+def fail():
+    raise KeyError("a bug")
+
+
+def test_an_error_is_raised_once_and_cancels_what_comes_behind_it():
+    thread = CommThread(is_wanted=True)
+    if not thread.overlaps:
+        pytest.skip("no thread")
+    gate, done = threading.Event(), []
+    thread.submit(gate.wait)
+    failed = thread.submit(fail)
+    behind = thread.submit(lambda: done.append("behind"))
+    gate.set()
+    failed.abandon()  # ends after the queue is broken
+    later = thread.submit(lambda: done.append("later"))
+    with pytest.raises(KeyError):
+        behind.wait()
+    assert later.is_done
+    thread.drain()  # the error was raised
+    thread.submit(lambda: done.append("anew"))
+    thread.drain()
+    assert done == ["anew"]
+    thread.close()
+
+
+def test_the_end_of_the_queue_raises_what_went_wrong(thread):
+    with pytest.raises(KeyError):
+        thread.submit(fail)
+        thread.drain()
+    thread.drain()
+
+
+def test_close_finishes_what_was_submitted(thread):
+    done = []
+    thread.submit(lambda: done.append(1))
+    thread.close()
+    assert done == [1]
