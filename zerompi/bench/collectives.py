@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -164,14 +165,17 @@ def _mpi_type(dtype: torch.dtype) -> MPI.Datatype | None:
     return {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE}.get(dtype)
 
 
+def _ours(call: Callable[[Group], None], group: Group, by_messages: Group) -> dict[str, Call]:
+    """The ways of zerompi for arrays that lie anywhere."""
+    staged = {} if group.node is None else {"staged": partial(call, group)}
+    return {**staged, "messages": partial(call, by_messages)}
+
+
 def _reduce_scatter(
     send: Tensor, recv: Tensor, group: Group, by_messages: Group
 ) -> dict[str, Call]:
     own = recv[: recv.numel() // group.size]
-    ways: dict[str, Call] = {}
-    if group.node is not None:
-        ways["staged"] = lambda: reduce_scatter(send, own, group)
-    ways["messages"] = lambda: reduce_scatter(send, own, by_messages)
+    ways = _ours(lambda ranks: reduce_scatter(send, own, ranks), group, by_messages)
     kind = _mpi_type(send.dtype)
     if kind is not None:
         ways["MPI"] = lambda: group.comm.Reduce_scatter_block(
@@ -182,10 +186,7 @@ def _reduce_scatter(
 
 def _all_gather(send: Tensor, recv: Tensor, group: Group, by_messages: Group) -> dict[str, Call]:
     own = send[: send.numel() // group.size]
-    ways: dict[str, Call] = {}
-    if group.node is not None:
-        ways["staged"] = lambda: all_gather(own, recv, group)
-    ways["messages"] = lambda: all_gather(own, recv, by_messages)
+    ways = _ours(lambda ranks: all_gather(own, recv, ranks), group, by_messages)
     ways["MPI"] = lambda: group.comm.Allgather(
         [host_bytes(own), MPI.BYTE], [host_bytes(recv), own.nbytes, MPI.BYTE]
     )
@@ -193,10 +194,7 @@ def _all_gather(send: Tensor, recv: Tensor, group: Group, by_messages: Group) ->
 
 
 def _all_reduce(send: Tensor, recv: Tensor, group: Group, by_messages: Group) -> dict[str, Call]:
-    ways: dict[str, Call] = {}
-    if group.node is not None:
-        ways["staged"] = lambda: all_reduce(send, recv, group)
-    ways["messages"] = lambda: all_reduce(send, recv, by_messages)
+    ways = _ours(lambda ranks: all_reduce(send, recv, ranks), group, by_messages)
     kind = _mpi_type(send.dtype)
     if kind is not None:
         ways["MPI"] = lambda: group.comm.Allreduce(
