@@ -39,6 +39,7 @@ class _Arguments:
     units: Units
     mixed_precision: MixedPrecision | None
     shard_ranks: str | int
+    node_cache: bool
 
 
 def partition(
@@ -50,6 +51,7 @@ def partition(
     units: Sequence[nn.Module] | Callable[[nn.Module], bool] | None = None,
     mixed_precision: MixedPrecision | None = None,
     shard_ranks: str | int = "world",
+    node_cache: bool = False,
     topology: Topology | None = None,
 ) -> Zero:
     """Partition a model and its optimizer over the ranks of `comm`.
@@ -69,19 +71,23 @@ def partition(
         mixed_precision: dtypes of parameters, reduction and output, and the loss scale.
         shard_ranks: how many ranks share one copy: "world", "node", or a number that divides the
             number of ranks; between the copies gradients are all-reduced.
+        node_cache: at stage 3 every node keeps what it has gathered until the parameters change, so
+            that each unit enters a node once per step, for forward and backward, instead of twice. It costs the memory
+            of all parameters once per node.
         topology: override of the discovered node layout.
 
     Raises:
         TypeError, ValueError: a wrong argument; on every rank, before anything is changed.
         MismatchError: the ranks' models or arguments differ.
 
-    Rajbhandari et al., arXiv:1910.02054; for `shard_ranks`, Zhang et al., arXiv:2205.00119 (MiCS).
+    Rajbhandari et al., arXiv:1910.02054; for `shard_ranks`, Zhang et al., arXiv:2205.00119 (MiCS); for
+    `node_cache`, Wang et al., arXiv:2306.10209, section 3.2 (hpZ).
     """
     if comm is not None and not isinstance(comm, MPI.Intracomm):
         raise TypeError(f"comm: expected an MPI intra-communicator, got {type(comm).__name__}")
     check_world(MPI.COMM_WORLD.size)
     world = Group(comm, topology)
-    arguments = _Arguments(model, optimizer, stage, units, mixed_precision, shard_ranks)
+    arguments = _Arguments(model, optimizer, stage, units, mixed_precision, shard_ranks, node_cache)
     try:
         plans = _agree(arguments, world)
     except BaseException:
@@ -90,7 +96,10 @@ def partition(
     precision = mixed_precision or MixedPrecision()
     shard_group, replica_group = _split(world, shard_ranks, stage)
     thread = CommThread(is_wanted=world.size > 1)
-    context = Context(STAGES[stage], world, shard_group, replica_group, precision, thread)
+    node_group = _keepers(shard_group) if node_cache else None
+    context = Context(
+        STAGES[stage], world, shard_group, replica_group, node_group, precision, thread
+    )
     landed = meta.land(model)
     made = [Unit(plan, context) for plan in plans]
     place(made, context)
@@ -151,6 +160,13 @@ def _check(arguments: _Arguments, world: Group) -> None:
                 "in every forward on the rows that a rank has used"
             )
     _shard_size(world.topology, arguments.shard_ranks)
+    if not isinstance(arguments.node_cache, bool):
+        raise TypeError(f"node_cache: expected True or False, got {arguments.node_cache!r}")
+    if arguments.node_cache and STAGES[arguments.stage].parameter is Placement.REPLICATE:
+        raise ValueError(
+            f"node_cache: expected False at stage {arguments.stage}, where parameters are not gathered, "
+            "got True"
+        )
     if arguments.optimizer is not None:
         sharded = STAGES[arguments.stage].optimizer_state is Placement.SHARD
         check_optimizer(arguments.optimizer, arguments.model, sharded=sharded)
@@ -184,9 +200,16 @@ def _split(world: Group, shard_ranks: str | int, stage: int) -> tuple[Group, Gro
     return world.split(copies), world.split(replicas)
 
 
+def _keepers(shard_group: Group) -> Group | None:
+    """The ranks of this node that keep a copy together; None where the parameters are never gathered."""
+    topology = shard_group.topology
+    return None if topology.is_single_node else shard_group.split(topology.ranks_of_node)
+
+
 def _description(arguments: _Arguments, plans: Sequence[UnitPlan]) -> list[str]:
     lines = [
-        f"stage {arguments.stage}, shard_ranks {arguments.shard_ranks}, {arguments.mixed_precision}"
+        f"stage {arguments.stage}, shard_ranks {arguments.shard_ranks}, "
+        f"node_cache {arguments.node_cache}, {arguments.mixed_precision}"
     ]
     for plan in plans:
         lines.append(f"unit {plan.name or '(root)'}")

@@ -29,7 +29,7 @@ from zerompi.errors import ZerompiError
 from zerompi.nested import iter_tensors, map_arguments, map_tensors
 from zerompi.precision import LossScaler
 from zerompi.saved import SavedParameters
-from zerompi.schedule import Accumulation, Reductions
+from zerompi.schedule import Accumulation, Gathers, Reductions
 from zerompi.segment import Context, Segment
 from zerompi.unit import Unit, UnitState
 
@@ -54,6 +54,7 @@ class Hooks:
         self.context = context
         self.scaler = scaler
         self.accumulation = Accumulation()
+        self.gathers = Gathers(context)
         self.reductions = Reductions(units, context)
         self.buffers = ModuleBuffers(model, context.world)
         self._sharded = not all(unit.is_resident for unit in units)
@@ -140,7 +141,7 @@ class Hooks:
         saves = self._sharded and torch.is_grad_enabled()
         self._running[unit].append(False)
         unit.holds += 1
-        unit.unshard()
+        self.gathers.unshard(unit)
         if not saves:
             return None
         self._saved[unit].push()
@@ -170,12 +171,14 @@ class Hooks:
                     if tensor.requires_grad:
                         tensor.register_hook(partial(self._before_backward, unit))
         if not in_backward():
-            unit.reshard()
+            self.gathers.reshard(unit)
         return output
 
     def _before_model(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not in_backward():
+            self.gathers.begin(with_grad=torch.is_grad_enabled())
         if torch.is_grad_enabled() and not in_backward():
             self._check_phase()
             if self.model.training:
@@ -259,7 +262,7 @@ class Hooks:
 
     def _before_backward(self, unit: Unit, gradient: Tensor) -> None:
         self._queue_end()
-        unit.unshard()
+        self.gathers.unshard(unit)
         if torch.is_grad_enabled() and unit not in self._kept:
             # create_graph=True: the graph of this backward pass will read the parameters again.
             unit.holds += 1
@@ -269,7 +272,7 @@ class Hooks:
         """A saved parameter is needed: in a backward pass, or because somebody looks at the graph."""
         if in_backward():
             self._queue_end()
-        unit.unshard()
+        self.gathers.unshard(unit)
 
     def _after_backward(self, unit: Unit, gradient: Tensor) -> None:
         unit.reshard()
@@ -326,9 +329,5 @@ class Hooks:
 
 def _own_memory(unit: Unit, tensor: Tensor) -> Tensor:
     """A copy of an output that lies in the unit's parameters, which are about to be freed."""
-    if unit.state is UnitState.UNSHARDED:
-        pointer = tensor.untyped_storage().data_ptr()
-        for segment in unit.segments:
-            if pointer and pointer == segment.full.tensor.untyped_storage().data_ptr():
-                return tensor.clone()
-    return tensor
+    is_ours = any(segment.covers(tensor) for segment in unit.segments)
+    return tensor.clone() if is_ours else tensor

@@ -136,7 +136,7 @@ class PieceOptimizer:
             for segment in self.segments
             for gradient in segment.gradients()
         )
-        self.context.thread.drain()
+        self.context.settle()
         flags = self.context.world.agree("optimizer step", int(not finite))
         if self.scaler is not None:
             self.scaler.update(overflow=any(flags))
@@ -208,7 +208,7 @@ class PieceOptimizer:
         )
         if any(math.isnan(norm) for norm in norms):
             local = math.nan
-        self.context.thread.drain()
+        self.context.settle()
         self.context.world.agree("norm of the gradients")
         parts = [local]
         if self.context.stage.optimizer_state is Placement.SHARD:

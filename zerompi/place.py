@@ -4,33 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from zerompi.collectives.buffer import SharedBuffer
+import torch
+from torch import Tensor
+
 from zerompi.collectives.shared import PAGE_NBYTES, SharedNode, Window, has_room
 from zerompi.placement import Placement
-from zerompi.regions import Region
+from zerompi.regions import Region, Slot
 from zerompi.segment import Context, Segment
 from zerompi.unit import Unit
 
-_TURNS = 2  # one bucket is filled while the other is read
+_TURNS = (
+    2  # of buckets: one is filled while the other is read; of slots: one is used, one is filled
+)
+GATHER_NBYTES = 4 << 20  # small units are gathered together up to this size
 
 
 def place(units: Sequence[Unit], context: Context) -> None:
     """Take memory for all parameters, and find places for the buckets. Collective over the world.
 
     With shared memory a node has one copy of the parameters, of which the parameters of all its
-    ranks are views: where the ranks step shards only, and parameters are replicated or all shards
-    are on the node. Buckets lie where the other ranks of the node can read them.
+    ranks are views: for good where the ranks step shards only, and parameters are replicated or all
+    shards are on the node; else in slots, while they are needed. Buckets lie where the other ranks of
+    the node can read them.
     """
     group = context.shard_group
-    copies = [_in_pages(s) for s in _segments(units)] if _has_node_copies(context) else []
+    _count_depths(units)
+    copies = [_pages(s.full_nbytes) for s in _segments(units)] if _has_node_copies(context) else []
+    slots = [] if copies else _slot_sizes(units, context, is_kept=context.node_group is not None)
     regions = _region_sizes(units, context)
-    fits = group.node is not None and has_room(sum(copies) + sum(regions) * group.node_comm.size)
+    fits = group.node is not None and has_room(
+        sum(copies) + sum(map(sum, slots)) + sum(regions) * group.node_comm.size
+    )
     node = group.node if all(context.world.agree("place of the buffers", int(fits))) else None
     made = iter(_node_copies(node, units, copies, context) if node is not None else ())
+    is_replicated = context.stage.optimizer_state is Placement.REPLICATE
+    context.is_shared = node is not None and not is_replicated
     for unit in units:
         unit.allocate([next(made, None) for _ in unit.segments])
     if node is not None:
         _make_regions(node, units, regions, context)
+    if not all(unit.is_resident for unit in units):
+        _make_slots(node, units, context)
 
 
 def _segments(units: Sequence[Unit]) -> Iterator[Segment]:
@@ -45,25 +59,73 @@ def _has_node_copies(context: Context) -> bool:
     return stage.parameter is Placement.REPLICATE or topology.is_single_node
 
 
-def _in_pages(segment: Segment) -> int:
-    """Bytes of a segment's parameters, rounded up so that the next one begins with a page."""
-    return -(-segment.layout.padded_numel * segment.dtype.itemsize // PAGE_NBYTES) * PAGE_NBYTES
-
-
 def _node_copies(
     node: SharedNode, units: Sequence[Unit], sizes: Sequence[int], context: Context
-) -> list[SharedBuffer]:
+) -> list[Tensor]:
     if not sum(sizes):
         return []
     window = Window(node.comm, [sum(sizes), *[0] * (node.comm.size - 1)])
     context.windows.append(window)
-    buffers = []
+    tensors = []
     offset = 0
     for segment, nbytes in zip(_segments(units), sizes, strict=True):
-        flat = window.parts(offset, segment.layout.padded_numel, segment.dtype)[0]
-        buffers.append(SharedBuffer([flat] * node.comm.size, node.comm.rank))
+        tensors.append(window.parts(offset, segment.layout.padded_numel, segment.dtype)[0])
         offset += nbytes
-    return buffers
+    return tensors
+
+
+# -- slots -------------------------------------------------------------------------------------
+
+
+def _count_depths(units: Sequence[Unit]) -> None:
+    """Tell each unit how many others enclose it: units of one depth take turns."""
+    names = {unit.name for unit in units[1:]}
+    for unit in units[1:]:
+        parts = unit.name.split(".")
+        prefixes = (".".join(parts[:length]) for length in range(1, len(parts)))
+        unit.depth = 1 + sum(prefix in names for prefix in prefixes)
+
+
+def _slot_sizes(units: Sequence[Unit], context: Context, *, is_kept: bool) -> list[list[int]]:
+    """Bytes of the slots of each depth; where the node keeps what it gathers, of each unit."""
+    if context.stage.parameter is Placement.REPLICATE:
+        return []
+    if is_kept:
+        return [[_pages(unit.slot_nbytes) for unit in units]]
+    sizes = []
+    for depth in range(1 + max(unit.depth for unit in units)):
+        nbytes = [unit.slot_nbytes for unit in units if unit.depth == depth]
+        enough = max(*nbytes, min(GATHER_NBYTES, sum(nbytes)))
+        sizes.append([_pages(enough)] * min(_TURNS, len(nbytes)))
+    return sizes
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
+
+
+def _make_slots(node: SharedNode | None, units: Sequence[Unit], context: Context) -> None:
+    """Slots in the node's memory; without that in each rank's own, also what the node keeps."""
+    keeps = context.node_group is not None
+    if keeps and node is None:
+        for segment in _segments(units):
+            segment.allocate_secondary()
+    sizes = _slot_sizes(units, context, is_kept=keeps and node is not None)
+    total = sum(map(sum, sizes))
+    if node is None or not total:
+        memory = torch.empty(total, dtype=torch.uint8)
+    else:
+        window = Window(node.comm, [total, *[0] * (node.comm.size - 1)])
+        context.windows.append(window)
+        memory = window.parts(0, total, torch.uint8)[0]
+    context.memory.add("buffers", total if node is None else total // node.comm.size)
+    parts = iter(memory.split([size for ring in sizes for size in ring]))
+    rings = [[Slot(next(parts), is_shared=node is not None) for _ in ring] for ring in sizes]
+    if keeps and node is not None:
+        for unit, slot in zip(units, rings[0], strict=True):
+            unit.slot = slot
+    else:
+        context.slots.extend(rings)
 
 
 # -- buckets -----------------------------------------------------------------------------------
@@ -74,8 +136,7 @@ def _bucket_nbytes(unit: Unit) -> int:
 
 
 def _bucket_pages(segment: Segment) -> int:
-    nbytes = segment.layout.padded_numel * segment.reduce_dtype.itemsize
-    return -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
+    return _pages(segment.layout.padded_numel * segment.reduce_dtype.itemsize)
 
 
 def _region_sizes(units: Sequence[Unit], context: Context) -> list[int]:

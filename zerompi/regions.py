@@ -1,21 +1,51 @@
-"""Where gradients are collected so that the ranks of a node can read each other's."""
+"""Memory that is used by turns: regions for buckets, slots for gathered parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from zerompi.collectives.buffer import SharedBuffer
+from zerompi.collectives.buffer import Buffer
 from zerompi.collectives.fence import Fence
 from zerompi.collectives.shared import Window
 
+ALIGNMENT = 64  # of what lies in a slot, in bytes
+
 
 class Settling(Protocol):
-    """Whoever uses a region: `settle` waits until a reduction of it that was started is done."""
+    """Whoever has started communication: `settle` waits until it is done, and takes back its result."""
 
     def settle(self) -> None:
         """Wait."""
+
+
+class Slot:
+    """Memory in which full parameters lie while they are needed: the node's, or this rank's own.
+
+    Args:
+        memory: 1-D, uint8.
+        is_shared: whether the ranks of the node have it together.
+
+    Attributes:
+        user: who has it now.
+    """
+
+    def __init__(self, memory: torch.Tensor, *, is_shared: bool) -> None:
+        self.user: object | None = None
+        self.is_shared = is_shared
+        self._memory = memory
+
+    def cut(self, sizes: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
+        """Tensors of these numbers of elements and dtypes, one behind the other."""
+        tensors, offset = [], 0
+        for numel, dtype in sizes:
+            stop = offset + numel * dtype.itemsize
+            # .data: autograd need not know that other parts of the memory change.
+            tensors.append(self._memory[offset:stop].view(dtype).data)
+            offset = -(-stop // ALIGNMENT) * ALIGNMENT
+        return tensors
 
 
 class Region:
@@ -53,7 +83,7 @@ class Region:
                 self._read_at = self._fence.count
             self.user = None  # last: who sees this knows when it was read
 
-    def buffer(self, offset: int, numel: int, dtype: torch.dtype) -> SharedBuffer:
+    def buffer(self, offset: int, numel: int, dtype: torch.dtype) -> Buffer:
         """`numel` elements that start `offset` bytes after the region's beginning."""
         parts = self._window.parts(self._offset + offset, numel, dtype)
-        return SharedBuffer(parts, self._rank)
+        return Buffer(parts[self._rank], parts)

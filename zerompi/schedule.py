@@ -1,12 +1,13 @@
-"""In which order units reduce their gradients, and in which backward passes."""
+"""In which order units are gathered and reduced, and in which backward passes they are reduced."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from zerompi.place import assign_regions
+from zerompi.gather import Gather
+from zerompi.place import GATHER_NBYTES, assign_regions
 from zerompi.segment import Context
-from zerompi.unit import Unit
+from zerompi.unit import Unit, UnitState
 
 
 class Accumulation:
@@ -26,6 +27,104 @@ class Accumulation:
     def communicates(self) -> bool:
         """Whether the running, or next, backward pass reduces gradients."""
         return not self.paused and self.seen + 1 >= self.count
+
+
+class Gathers:
+    """Gathers units ahead of their use, in the order in which they were used before.
+
+    A *pass* begins with each forward of the model, and goes on until the next one. The order in which
+    units are gathered in it, forward and backward, is kept, and expected of the pass at the same place of the
+    next step. Units that follow each other form a batch, gathered together, as long as they
+    are small, of one depth and different. When the first unit of a batch is used, the next batch is
+    started: never more than one is there that nobody uses yet. A pass that leaves the expected order
+    goes on without.
+
+    All ranks have gathered the same units in the same order (each gather makes sure of it), so they
+    expect the same.
+    """
+
+    _MAX_PASSES = 16  # passes of a step with an order of their own
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._expected: dict[tuple[bool, int], list[Unit]] = {}
+        self._seen: list[Unit] = []
+        self._pass = (False, 0)
+        self._count = 0  # passes since the last step
+        self._order: Sequence[Unit] = ()
+        self._batches: list[list[Unit]] = []
+        self._starts: dict[int, int] = {}  # position in the order -> the batch that starts there
+
+    def begin(self, *, with_grad: bool) -> None:
+        """A forward of the model begins, which records gradients or not."""
+        self._learn()
+        self._count = min(self._count + 1, self._MAX_PASSES)
+        self._pass = (with_grad, self._count)
+        self._expect(self._expected.get(self._pass, []))
+
+    def end_of_step(self) -> None:
+        """The parameters are going to change."""
+        self._learn()
+        self._count = 0
+
+    def _learn(self) -> None:
+        self._context.settle()
+        if self._seen:
+            self._expected[self._pass] = self._seen
+            self._seen = []
+
+    def _expect(self, order: Sequence[Unit]) -> None:
+        self._batches = list(_batches(order))
+        self._starts = {}
+        position = 0
+        for number, batch in enumerate(self._batches):
+            self._starts[position] = number
+            position += len(batch)
+        self._order = order
+
+    def unshard(self, unit: Unit) -> None:
+        """Make the full parameters of `unit` visible; start to gather those that come next."""
+        if unit.state is UnitState.SHARDED:
+            position = len(self._seen)
+            self._seen.append(unit)
+            if self._order and (position >= len(self._order) or self._order[position] is not unit):
+                self._context.settle()
+                self._expect([])
+            number = self._starts.get(position)
+            if number is not None:
+                self._start(number, ahead=False)
+                unit.unshard()
+                self._start(number + 1, ahead=True)
+                return
+        unit.unshard()
+
+    def reshard(self, unit: Unit) -> None:
+        """Free the full parameters; gather them again if they come next, now that they are free."""
+        unit.reshard()
+        number = self._starts.get(len(self._seen))
+        if number is not None and self._order:
+            self._start(number, ahead=True)
+
+    def _start(self, number: int, *, ahead: bool) -> None:
+        if number < len(self._batches):
+            batch = [unit for unit in self._batches[number] if unit.is_free]
+            if batch:
+                Gather(batch, self._context, ahead=ahead)
+
+
+def _batches(order: Sequence[Unit]) -> Iterator[list[Unit]]:
+    """Cut an order of units into those that are gathered together."""
+    batch: list[Unit] = []
+    nbytes = 0
+    for unit in order:
+        fits = nbytes + unit.slot_nbytes <= GATHER_NBYTES and unit.slot is None
+        if batch and not (fits and unit not in batch and unit.depth == batch[0].depth):
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(unit)
+        nbytes += unit.slot_nbytes
+    if batch:
+        yield batch
 
 
 class Reductions:
@@ -59,6 +158,7 @@ class Reductions:
         for unit in self.order[self._next :]:
             unit.reduce(scale)
         self._settle()
+        self._context.settle()
         # Gradients may have come after their unit was reduced: a unit that several reentrant
         # checkpoints run gets its gradient in several parts.
         while any(self.world.agree("end of backward", int(self._has_gradients()))):

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from zerompi.collectives.all_gather import gather_blocks, gather_node_copy
+from zerompi.collectives.all_gather import gather_blocks, gather_node_copies
 from zerompi.collectives.all_reduce import reduce_all
 from zerompi.collectives.broadcast import broadcast
-from zerompi.collectives.buffer import Buffer, SharedBuffer, lend
+from zerompi.collectives.buffer import Buffer, lend
 from zerompi.collectives.group import Group
 from zerompi.collectives.reduce_scatter import reduce_blocks
 from zerompi.collectives.shared import Window
@@ -26,29 +26,47 @@ from zerompi.errors import ZerompiError
 from zerompi.layout import FlatLayout, Range
 from zerompi.placement import Placement, Stage
 from zerompi.precision import MixedPrecision
-from zerompi.regions import Region, Settling
+from zerompi.regions import Region, Settling, Slot
 from zerompi.report import MemoryLedger, PhaseTimes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What all units of one partition share.
 
     `world` is every rank of the partition. The ranks of `shard_group` hold one copy of the sharded
     state together; `replica_group` joins the ranks that hold the same shard (None: there is one
-    copy).
+    copy). The ranks of `node_group` keep what was gathered together, until the parameters change
+    (None: nobody keeps it).
+
+    Attributes:
+        windows: shared memory of the partition, to be freed with it.
+        regions: where buckets lie.
+        slots: where gathered parameters lie, for each depth at which units enclose each other.
+        ahead: what was gathered before anybody needed it.
+        is_shared: whether the full parameters, while they are there, are there once for a node.
     """
 
     stage: Stage
     world: Group
     shard_group: Group
     replica_group: Group | None
+    node_group: Group | None
     precision: MixedPrecision
     thread: CommThread
     windows: list[Window] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
+    slots: list[list[Slot]] = field(default_factory=list)
+    ahead: list[Settling] = field(default_factory=list)
+    is_shared: bool = False
     memory: MemoryLedger = field(default_factory=MemoryLedger)
     times: PhaseTimes = field(default_factory=PhaseTimes)
+
+    def settle(self) -> None:
+        """Let go of what was gathered ahead, and wait for all communication that was started."""
+        while self.ahead:
+            self.ahead.pop().settle()
+        self.thread.drain()
 
 
 def placeholder(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,7 +94,11 @@ class Segment:
 
     Attributes:
         full: flat parameters, (padded_numel,), parameter dtype: one for all ranks of the node, or
-            this rank's own, which is freed between uses where parameters are sharded.
+            this rank's own. Where parameters are sharded, None between uses.
+        is_node_copy: whether `full` is there always, once for all ranks of the node.
+        secondary: with `node_cache` and without shared memory, this rank's part of what its node
+            keeps of `full`; else None.
+        is_cached: whether the node has kept `full` since the parameters changed last.
         shard: own block of the flat parameters, (shard_numel,), parameter dtype.
         main: what the optimizer steps; (padded_numel,) or (shard_numel,), main dtype.
         pieces: per parameter, the view of `main` that stands in the optimizer: the whole parameter
@@ -110,38 +132,38 @@ class Segment:
         if mixed and precision.reduce_dtype is not None:
             self.reduce_dtype = precision.reduce_dtype
 
-        self.full: Buffer | SharedBuffer
-        self.bucket: Buffer | SharedBuffer | None = None
+        self.full: Tensor | None = None
+        self.is_node_copy = False
+        self.secondary: Tensor | None = None
+        self.is_cached = False
+        self.bucket: Buffer | None = None
         self.present = [False] * len(self.parameters)
         self.collected = 0
         self.expected = len(self.parameters)
         self.reduced: Tensor | None = None
         self.region: Region | None = None
         self.region_offset = 0
-        self.home: Buffer | SharedBuffer | None = None
+        self.home: Buffer | None = None
         self._handed_out: list[weakref.ref[object]] = []
         self._versions: list[int] = []
 
-    def allocate(self, node_copy: SharedBuffer | None) -> None:
+    def allocate(self, node_copy: Tensor | None) -> None:
         """Take memory for the parameters; `node_copy` if the node has one for all its ranks."""
         group, stage = self.context.shard_group, self.context.stage
-        base = self.shard_index * self.layout.shard_numel
-        self.full = node_copy or group.allocate(self.layout.padded_numel, self.dtype)
-        if isinstance(self.full, Buffer) and stage.parameter is Placement.SHARD:
-            self.full.free()
-            self.shard = group.allocate(self.layout.shard_numel, self.dtype).tensor
+        self.is_node_copy = node_copy is not None
+        if self.is_resident:
+            if node_copy is None:
+                node_copy = group.allocate(self.layout.padded_numel, self.dtype)
+            base = self.shard_index * self.layout.shard_numel
+            self.full = node_copy
+            self.shard = self.full[base : base + self.layout.shard_numel]
         else:
-            self.shard = self.full.tensor[base : base + self.layout.shard_numel]
+            self.shard = group.allocate(self.layout.shard_numel, self.dtype)
         self.main = self._make_main(stage.optimizer_state)
         self.pieces = [
             nn.Parameter(self._part(self.main, i), requires_grad=self.trainable)
             for i in range(len(self.parameters))
         ]
-
-    @property
-    def is_node_copy(self) -> bool:
-        """Whether the ranks of a node have one copy of the full parameters together."""
-        return isinstance(self.full, SharedBuffer)
 
     @property
     def is_resident(self) -> bool:
@@ -152,8 +174,14 @@ class Segment:
     def parameter_nbytes(self) -> int:
         """Bytes of parameters that are always there; of a node's copy, this rank's share."""
         if self.is_node_copy:
-            return self.full.nbytes // self.context.shard_group.node_comm.size
-        return self.full.nbytes if self.is_resident else self.shard.nbytes
+            return self.full_nbytes // self.context.shard_group.node_comm.size
+        kept = 0 if self.secondary is None else self.secondary.nbytes
+        return self.full_nbytes if self.is_resident else self.shard.nbytes + kept
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of the full parameters."""
+        return self.layout.padded_numel * self.dtype.itemsize
 
     @property
     def is_main_replicated(self) -> bool:
@@ -161,7 +189,10 @@ class Segment:
         return self.context.stage.optimizer_state is Placement.REPLICATE
 
     def _make_main(self, placement: Placement) -> Tensor:
-        same = self.full.tensor if placement is Placement.REPLICATE else self.shard
+        same = self.shard
+        if placement is Placement.REPLICATE:
+            assert self.full is not None
+            same = self.full
         if self.main_dtype is self.dtype:
             return same
         return self._zeros(same.numel())
@@ -171,8 +202,7 @@ class Segment:
         return self._zeros(self.layout.padded_numel)
 
     def _zeros(self, numel: int) -> Tensor:
-        buffer = self.context.shard_group.allocate(numel, self.main_dtype)
-        return buffer.tensor.zero_()
+        return self.context.shard_group.allocate(numel, self.main_dtype).zero_()
 
     def _part(self, flat: Tensor, index: int) -> Tensor:
         """The view of parameter `index` in a tensor placed like the optimizer states."""
@@ -197,7 +227,7 @@ class Segment:
             parameter.data = placeholder(parameter, self.dtype)
         self.set_values(values)
         if self.is_resident:
-            self.install(self.full.tensor)
+            self.install()
 
     def set_values(self, values: Tensor) -> None:
         """Take rank 0's `values`, (padded_numel,), main dtype, as the parameters. Collective.
@@ -208,20 +238,24 @@ class Segment:
         exact = values[: self.layout.numel]
         broadcast(exact, exact, self.context.world)
         own = values[self.own.start : self.own.stop]
-        if isinstance(self.full, SharedBuffer):
-            self._set_node_copy(self.full.tensor, values)
+        self.is_cached = False
+        if self.is_node_copy:
+            self._set_node_copy(values)
         else:
             self.shard[: self.own.numel].copy_(own)
-            if not self.full.is_free:
-                self.full.tensor.copy_(values)
+            if self.full is not None:
+                self.context.shard_group.fence()  # nobody reads any more
+                self.full.copy_(values)  # perhaps together with others, who write the same
+                self.context.shard_group.fence()
         if self.is_main_replicated:
             self.main.copy_(values)
         else:
             self.main[: self.own.numel].copy_(own)
 
-    def _set_node_copy(self, full: Tensor, values: Tensor) -> None:
+    def _set_node_copy(self, values: Tensor) -> None:
         """Write the node's copy, each rank what it is the delegate for. Collective over the node."""
-        group = self.context.shard_group
+        group, full = self.context.shard_group, self.full
+        assert full is not None
         topology, node = group.topology, group.topology.node_of[group.rank]
         group.fence()  # nobody reads any more
         for owner in range(group.size):
@@ -248,8 +282,10 @@ class Segment:
 
     # -- parameters ----------------------------------------------------------------------------
 
-    def install(self, flat: Tensor) -> None:
-        """Make the parameters views of `flat`, (padded_numel,)."""
+    def install(self, flat: Tensor | None = None) -> None:
+        """Make the parameters views of `flat`, (padded_numel,); None is `full`."""
+        flat = self.full if flat is None else flat
+        assert flat is not None
         for i, parameter in enumerate(self.parameters):
             parameter.data = self.view(flat, i)
         self._versions = [parameter._version for parameter in self.parameters]
@@ -271,9 +307,9 @@ class Segment:
         Args:
             visible: whether the parameters are views of `full` now, or placeholders.
         """
-        full = self.full.tensor
-        nbytes = full.untyped_storage().nbytes() if visible else self.dtype.itemsize
-        base = full.data_ptr() if visible else 0
+        nbytes, base = self.dtype.itemsize, 0
+        if visible and self.full is not None:
+            nbytes, base = self.full.untyped_storage().nbytes(), self.full.data_ptr()
         for i, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
             if parameter.dtype is not self.dtype:
                 return name
@@ -284,21 +320,43 @@ class Segment:
                 return name
         return None
 
-    def gather(self) -> None:
-        """Gather the full parameters into `full`. Collective over the shard group."""
-        assert isinstance(self.full, Buffer)
-        self.full.restore()
-        self.context.memory.add("buffers", self.full.nbytes)
-        flat = self.full.tensor
-        flat[self.own.start : self.own.stop].copy_(self.shard[: self.own.numel])
-        gather_blocks(flat, self.layout.shard_ranges, self.context.shard_group)
+    def receive(self, full: Tensor) -> None:
+        """Let `full`, (padded_numel,), be the full parameters: the own block in place, the rest to come."""
+        full[self.own.start : self.own.stop].copy_(self.shard[: self.own.numel])
+        self.full = full
 
-    def reshard(self) -> None:
-        """Free `full`; the parameters read as NaN until the next `unshard`."""
-        assert isinstance(self.full, Buffer)
-        self.hide()
-        self.full.free()
-        self.context.memory.add("buffers", -self.full.nbytes)
+    @property
+    def node_ranges(self) -> Sequence[Range]:
+        """Which part of `full` each rank of the node keeps in `secondary`."""
+        assert self.context.node_group is not None
+        return FlatLayout([(self.layout.padded_numel,)], self.context.node_group.size).shard_ranges
+
+    def allocate_secondary(self) -> None:
+        """Take memory for this rank's part of what the node keeps."""
+        assert self.context.node_group is not None
+        start, stop = self.node_ranges[self.context.node_group.rank]
+        self.secondary = self.context.node_group.allocate(stop - start, self.dtype)
+
+    def keep(self) -> None:
+        """Note that the node keeps `full`; without shared memory, copy this rank's part of it."""
+        if self.secondary is not None and self.full is not None and not self.is_cached:
+            assert self.context.node_group is not None
+            start, stop = self.node_ranges[self.context.node_group.rank]
+            self.secondary.copy_(self.full[start:stop])
+        self.is_cached = True
+
+    def recall(self, full: Tensor) -> None:
+        """Put what this rank has kept into `full`."""
+        assert self.secondary is not None
+        assert self.context.node_group is not None
+        start, stop = self.node_ranges[self.context.node_group.rank]
+        full[start:stop].copy_(self.secondary)
+
+    def covers(self, tensor: Tensor) -> bool:
+        """Whether `tensor` lies in the full parameters that are here now."""
+        if self.full is None:
+            return False
+        return 0 <= tensor.data_ptr() - self.full.data_ptr() < self.full_nbytes
 
     def hide(self) -> None:
         """Leave placeholders where the parameters' values were."""
@@ -320,18 +378,19 @@ class Segment:
         """
         if self.is_main_replicated:
             if self.main_dtype is not self.dtype:
-                self.full.tensor.copy_(self.main)
+                assert self.full is not None
+                self.full.copy_(self.main)
             return
         if self.main_dtype is not self.dtype:
             self.shard.copy_(self.main)
+        self.is_cached = False
         if self.refresh_gathers:
-            gather = gather_node_copy if self.is_node_copy else gather_blocks
-            gather(
-                self.full.tensor,
-                self.layout.shard_ranges,
-                self.context.shard_group,
-                label="refresh",
-            )
+            assert self.full is not None
+            ranges, group = self.layout.shard_ranges, self.context.shard_group
+            if self.is_node_copy:
+                gather_node_copies([(self.full, ranges)], group, label="refresh")
+            else:
+                gather_blocks(self.full, ranges, group, label="refresh")
 
     # -- gradients -----------------------------------------------------------------------------
 
@@ -363,15 +422,15 @@ class Segment:
             slot.copy_(gradient)
             self.present[index] = True
 
-    def _bucket(self) -> Buffer | SharedBuffer:
+    def _bucket(self) -> Buffer:
         if self.bucket is None:
             self.bucket = self._make_bucket()
             passing = self.context.stage.gradient is Placement.SHARD
-            if passing and isinstance(self.bucket, Buffer):
+            if passing and self.bucket.peers is None:
                 self.context.memory.add("buffers", self.bucket.nbytes)
         return self.bucket
 
-    def _make_bucket(self) -> Buffer | SharedBuffer:
+    def _make_bucket(self) -> Buffer:
         """Memory for a bucket: if possible where the node's other ranks can read it."""
         is_free = self._is_home_free()
         if is_free:
@@ -384,11 +443,12 @@ class Segment:
             return self.home
         elif is_free and self.region is not None:
             return self.region.buffer(self.region_offset, numel, dtype)
-        return self.context.shard_group.allocate(numel, dtype)
+        return Buffer(self.context.shard_group.allocate(numel, dtype))
 
     def discard_gradients(self) -> None:
         """Forget what is in the bucket."""
-        if isinstance(self.bucket, Buffer) and self.context.stage.gradient is Placement.SHARD:
+        is_private = self.bucket is not None and self.bucket.peers is None
+        if self.bucket and is_private and self.context.stage.gradient is Placement.SHARD:
             self.context.memory.add("buffers", -self.bucket.nbytes)
         self.bucket = None
         self.present = [False] * len(self.parameters)
@@ -396,12 +456,12 @@ class Segment:
     def is_readable(self) -> bool:
         """Whether the node's other ranks can read the bucket, or can if one is made for this reduction."""
         if self.bucket is not None:
-            return isinstance(self.bucket, SharedBuffer)
+            return self.bucket.peers is not None
         if self.context.stage.gradient is Placement.REPLICATE:
             if not self._is_home_free():
                 return False
             if self.home is not None:
-                return isinstance(self.home, SharedBuffer)
+                return self.home.peers is not None
         if self.region is None:
             return False
         self.region.claim(self.owner)
@@ -419,7 +479,7 @@ class Segment:
         for i, present in enumerate(self.present):
             if not present:
                 self.view(flat, i).zero_()
-        peers = bucket.peers if in_place and isinstance(bucket, SharedBuffer) else None
+        peers = bucket.peers if in_place else None
         ranges, stage = self.layout.shard_ranges, self.context.stage
         group, replicas = self.context.shard_group, self.context.replica_group
         home = bucket
@@ -444,11 +504,12 @@ class Segment:
         self.expected = sum(used)
         self._install_gradients(result, used)
 
-    def _gradient_shard(self) -> Buffer | SharedBuffer:
+    def _gradient_shard(self) -> Buffer:
         """Memory for a reduced gradient, (shard_numel,): the last one's, if nobody has that any more."""
         if self.home is not None and self._is_home_free():
             return self.home
-        return self.context.shard_group.allocate(self.layout.shard_numel, self.reduce_dtype)
+        numel = self.layout.shard_numel
+        return Buffer(self.context.shard_group.allocate(numel, self.reduce_dtype))
 
     def _is_home_free(self) -> bool:
         """Whether nobody has the last reduced gradients any more: `zero_grad` has been called."""
@@ -514,31 +575,26 @@ class Segment:
     def leave_shared_memory(self) -> None:
         """Give parameters and pieces memory of this rank's own where they have had the node's."""
         self.bucket = self.region = self.reduced = None
-        if isinstance(self.home, SharedBuffer):
+        if self.home is not None and self.home.peers is not None:
             self.home = None
             for piece in self.pieces:
                 if piece.grad is not None and not _is_marker(piece.grad):
                     piece.grad = piece.grad.clone()
-        if not self.is_node_copy:
+        if self.full is None:
             return
-        if self.context.stage.parameter is Placement.REPLICATE:
-            self.full = self._private_copy(self.full.tensor)
-            self.install(self.full.tensor)
-            base = self.shard_index * self.layout.shard_numel
-            self.shard = self.full.tensor[base : base + self.layout.shard_numel]
-        else:
+        if self.context.stage.parameter is Placement.SHARD and self.is_node_copy:
             self.hide()
-            self.shard = self._private_copy(self.shard).tensor
-            self.full = Buffer(0, self.dtype)
-        if self.main_dtype is self.dtype:
+            self.shard, self.full = self.shard.clone(), None
+        else:
+            self.full = self.full.clone()
+            self.install()
+            if self.is_resident:
+                base = self.shard_index * self.layout.shard_numel
+                self.shard = self.full[base : base + self.layout.shard_numel]
+        if self.is_node_copy and self.main_dtype is self.dtype:
             self.main = self.shard
             for i, piece in enumerate(self.pieces):
                 piece.data = self._part(self.main, i)
-
-    def _private_copy(self, tensor: Tensor) -> Buffer:
-        buffer = Buffer(tensor.numel(), tensor.dtype)
-        buffer.tensor.copy_(tensor)
-        return buffer
 
     # -- accounting ----------------------------------------------------------------------------
 

@@ -8,12 +8,13 @@ from enum import Enum
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from zerompi.collectives.buffer import SharedBuffer
 from zerompi.comm_thread import Ticket
 from zerompi.errors import ZerompiError
+from zerompi.gather import Gather
 from zerompi.placement import Placement
+from zerompi.regions import ALIGNMENT, Slot
 from zerompi.segment import Context, Segment
 from zerompi.units import UnitPlan
 
@@ -34,6 +35,9 @@ class Unit:
     Attributes:
         holds: how many callers need the full parameters now (a running forward, `gathered`, a kept
             graph of a double backward); `reshard` does nothing before it is zero.
+        depth: how many other units enclose it.
+        gather: that has brought the full parameters, or is about to.
+        slot: where the node keeps them, with `node_cache`; else None.
     """
 
     def __init__(self, plan: UnitPlan, context: Context) -> None:
@@ -50,11 +54,14 @@ class Unit:
         for segment in self.segments:
             segment.owner = self
         self.holds = 0
+        self.depth = 0
+        self.gather: Gather | None = None
+        self.slot: Slot | None = None
         self._reduction: Ticket | None = None
         self._lent = False
         self.state = UnitState.UNSHARDED
 
-    def allocate(self, node_copies: Sequence[SharedBuffer | None]) -> None:
+    def allocate(self, node_copies: Sequence[Tensor | None]) -> None:
         """Take memory for the parameters of each segment; see `Segment.allocate`."""
         for segment, node_copy in zip(self.segments, node_copies, strict=True):
             segment.allocate(node_copy)
@@ -75,24 +82,31 @@ class Unit:
         if self.state is UnitState.UNSHARDED:
             return
         if self.segments:
-            self.context.thread.run(self._gather)
+            gather = self.gather or Gather([self], self.context, ahead=False)
+            gather.finish(self)
             for segment in self.segments:
-                segment.install(segment.full.tensor)
+                segment.install()
         self.state = UnitState.UNSHARDED
-
-    def _gather(self) -> None:
-        with self.context.times.phase("all_gather"):
-            self.context.world.agree(f"all-gather of the parameters of {self.name}")
-            for segment in self.segments:
-                segment.gather()
 
     def reshard(self) -> None:
         """Free the full parameters unless somebody still holds them."""
         if self.holds or self.is_resident or self.state is UnitState.SHARDED:
             return
         for segment in self.segments:
-            segment.reshard()
+            segment.hide()
+        if self.gather is not None:
+            self.gather.release(self)
         self.state = UnitState.SHARDED
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the parameters are not here, and nobody gathers them."""
+        return bool(self.segments) and self.state is UnitState.SHARDED and self.gather is None
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes that the full parameters take in a slot."""
+        return sum(-(-s.full_nbytes // ALIGNMENT) * ALIGNMENT for s in self.segments)
 
     @property
     def is_hidden(self) -> bool:
@@ -195,8 +209,9 @@ class Unit:
             self._lent = False
             for segment in self.segments:
                 if self.state is UnitState.UNSHARDED:
-                    segment.install(segment.full.tensor)
+                    segment.install()
                 else:
                     segment.hide()
+        self.context.settle()
         for segment, flat in zip(self.segments, values, strict=True):
             segment.set_values(flat)

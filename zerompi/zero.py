@@ -101,8 +101,7 @@ class Zero:
         One for each node where its ranks share memory, one for each rank elsewhere.
         """
         group = self._context.shard_group
-        shared = any(segment.is_node_copy for unit in self._units for segment in unit.segments)
-        return group.topology.num_nodes if shared else group.size
+        return group.topology.num_nodes if self._context.is_shared else group.size
 
     # -- training ------------------------------------------------------------------------------
 
@@ -350,6 +349,7 @@ class Zero:
 
     def _end_of_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._hooks.release_kept()
+        self._hooks.gathers.end_of_step()
         traffic = self._context.world.traffic
         self._step_traffic = traffic.difference(self._traffic_mark)
         self._traffic_mark = traffic.snapshot()
@@ -399,7 +399,7 @@ class Zero:
     def _agree(self, operation: str) -> None:
         """Make sure that all ranks are about to do the same."""
         self._check_open()
-        self._context.thread.drain()
+        self._context.settle()
         self._context.world.agree(operation)
 
     # -- end -----------------------------------------------------------------------------------
@@ -423,7 +423,9 @@ class Zero:
         self._model.zero_grad = self._zero_grad  # type: ignore[method-assign]
         registry.forget(entry.parameter for entry in states.entries(self._units))
         self._leave_shared_memory()
-        for group in (self._context.replica_group, self._context.shard_group, self._context.world):
+        context = self._context
+        groups = (context.node_group, context.replica_group, context.shard_group, context.world)
+        for group in groups:
             if group is not None:
                 group.close()
 

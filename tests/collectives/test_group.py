@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 import zerompi
 from collectives.samples import as_bytes, documented_sum, numbers, raw
-from zerompi.collectives import Group, all_gather, all_reduce, broadcast
+from zerompi.collectives import Group, all_gather, all_reduce
 from zerompi.collectives import group as group_module
 from zerompi.traffic import INTRA_NODE
 
@@ -153,25 +153,6 @@ def test_close_twice_is_allowed(comm):
     group.close()
     group.close()
     assert group.is_closed
-
-
-def test_buffers_come_back_for_views_that_were_kept(flat):
-    buffer = flat.allocate(100, torch.float32)
-    view = buffer.tensor[10:20]
-    buffer.free()
-    assert buffer.is_free
-    assert buffer.tensor.untyped_storage().nbytes() == 0
-    buffer.restore()
-    broadcast(torch.ones(100), buffer.tensor, flat)
-    assert view.tolist() == [1.0] * 10
-    buffer.free()  # would fail if the communication had pinned the storage
-    assert buffer.is_free
-
-
-def test_an_empty_buffer_is_never_free(flat):
-    buffer = flat.allocate(0, torch.float32)
-    buffer.free()
-    assert not buffer.is_free
 
 
 @pytest.mark.parametrize("limit", [1, 3, 8])

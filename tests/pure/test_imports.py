@@ -19,7 +19,7 @@ LAYERS = [
     {"launch", "agreement", "arrays", "topology", "traffic", "nested", "comm_thread"},
     {"collectives"},
     {"autograd", "precision", "units"},
-    {"regions", "segment", "unit", "place", "buffers", "registry"},
+    {"regions", "segment", "gather", "unit", "place", "buffers", "registry"},
     {"hooks", "saved", "schedule", "optimizer", "meta", "state", "checkpoint", "accounting"},
     {"zero", "api"},
     {"train", "bench", "cli"},

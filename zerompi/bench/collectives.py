@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zerompi.arrays import host_bytes
 from zerompi.collectives import Group, all_gather, all_reduce, reduce_scatter
-from zerompi.collectives.all_gather import gather_node_copy
+from zerompi.collectives.all_gather import gather_node_copies
 from zerompi.collectives.reduce_scatter import reduce_blocks
 from zerompi.collectives.shared import Window, has_room
 from zerompi.topology import Topology
@@ -157,7 +157,7 @@ def _shared_way(
         full = window.parts(0, block * size, dtype)[0]
         full[rank * block : (rank + 1) * block].fill_(1)
         windows.append(window)
-        return lambda: gather_node_copy(full, ranges, group)
+        return lambda: gather_node_copies([(full, ranges)], group)
     return None
 
 

@@ -62,7 +62,7 @@ def gather_blocks(full: Tensor, ranges: Ranges, group: Group, *, label: str = "a
     if group.size == 1:
         return
     topology, rank = group.topology, group.rank
-    blocks = [full[slice(*ranges[topology.shard_index(owner)])] for owner in range(group.size)]
+    blocks = _blocks(full, ranges, group)
     others = [peer for peer in range(group.size) if peer != rank]
     if group.node is None and group.algorithm == "flat":
         group.exchange(
@@ -71,7 +71,7 @@ def gather_blocks(full: Tensor, ranges: Ranges, group: Group, *, label: str = "a
             label,
         )
         return
-    _gather_from_nodes(blocks, group, label)
+    _gather_from_nodes([blocks], group, label)
     node = topology.node_of[rank]
     handled = {
         peer: [o for o in range(group.size) if topology.delegate(node, o) == peer]
@@ -88,40 +88,50 @@ def gather_blocks(full: Tensor, ranges: Ranges, group: Group, *, label: str = "a
     )
 
 
-def gather_node_copy(
-    full: Tensor, ranges: Ranges, group: Group, *, label: str = "all_gather"
+def gather_node_copies(
+    copies: Sequence[tuple[Tensor, Ranges]], group: Group, *, label: str = "all_gather"
 ) -> None:
-    """Fill the one copy of the node with the blocks of all ranks. Collective, unchecked.
+    """Fill what the node has one copy of with the blocks of all ranks. Collective, unchecked.
 
     Inside the node nothing moves: each rank receives only what it is the delegate for, directly
-    into the copy. On return it is complete on all ranks of the node.
+    into the copies. On return they are complete on all ranks of the node.
 
     Args:
-        full: 1-D, in memory that the ranks of this node share; each rank's own block is in place.
-        ranges: elements [start, stop) of each shard index's block; of any length, also none.
+        copies: of each, 1-D memory that the ranks of this node share, in which each rank's own block
+            is in place; and elements [start, stop) of each shard index's block, of any length.
         group: the ranks; with shared memory.
         label: under which the bytes are counted.
     """
     assert group.node is not None
-    shard_index = group.topology.shard_index
-    blocks = [full[slice(*ranges[shard_index(owner)])] for owner in range(group.size)]
     if not group.topology.is_single_node:
+        blocks = [_blocks(full, ranges, group) for full, ranges in copies]
         _gather_from_nodes(blocks, group, label)
     group.node.fence.cross()
 
 
-def _gather_from_nodes(blocks: Sequence[Tensor], group: Group, label: str) -> None:
-    """Each block enters each other node once, through the delegate of its owner there."""
+def _blocks(full: Tensor, ranges: Ranges, group: Group) -> list[Tensor]:
+    """The block of each rank."""
+    return [full[slice(*ranges[group.topology.shard_index(rank)])] for rank in range(group.size)]
+
+
+def _gather_from_nodes(buffers: Sequence[Sequence[Tensor]], group: Group, label: str) -> None:
+    """Each block enters each other node once, through the delegate of its owner there.
+
+    Args:
+        buffers: of each buffer, the block of each rank.
+        group: the ranks.
+        label: under which the bytes are counted.
+    """
     topology, rank = group.topology, group.rank
     node = topology.node_of[rank]
     remote = [peer for peer in range(group.size) if topology.node_of[peer] != node]
+    owners = [owner for owner in remote if topology.delegate(node, owner) == rank]
+    delegates = [
+        topology.delegate(other, rank) for other in range(topology.num_nodes) if other != node
+    ]
     group.exchange(
-        [
-            (topology.delegate(other, rank), blocks[rank])
-            for other in range(topology.num_nodes)
-            if other != node
-        ],
-        [(owner, blocks[owner]) for owner in remote if topology.delegate(node, owner) == rank],
+        [(delegate, blocks[rank]) for blocks in buffers for delegate in delegates],
+        [(owner, blocks[owner]) for blocks in buffers for owner in owners],
         label,
     )
 

@@ -1,4 +1,4 @@
-"""Flat buffers whose memory can be given back and taken again."""
+"""Memory of flat buffers."""
 
 from __future__ import annotations
 
@@ -50,52 +50,25 @@ def _count(change: int) -> None:
 
 
 class Buffer:
-    """A 1-D tensor made by the group that will communicate it.
-
-    The tensor is one object for the buffer's life. `free` gives its memory back and `restore` takes
-    new memory for the same storage, so that views of the tensor, also those saved by autograd, are
-    valid again.
+    """A 1-D tensor that is going to be communicated.
 
     Attributes:
         tensor: this rank's elements.
+        peers: the elements of each rank of the node, in rank order, where these can read each other's
+            memory; else None.
         nbytes: of the tensor.
     """
 
-    def __init__(self, numel: int, dtype: torch.dtype) -> None:
-        with _own_mapping():
-            self.tensor = torch.empty(numel, dtype=dtype)
-        self.nbytes = self.tensor.nbytes
-
-    @property
-    def is_free(self) -> bool:
-        """Whether there is no memory behind the tensor now."""
-        return self.nbytes > 0 and self.tensor.untyped_storage().nbytes() == 0
-
-    def free(self) -> None:
-        """Give the memory back; views stay, and must not be used before `restore`."""
-        self.tensor.untyped_storage().resize_(0)
-
-    def restore(self) -> None:
-        """Take memory again if there is none; its contents are undefined."""
-        if self.is_free:
-            with _own_mapping():
-                self.tensor.untyped_storage().resize_(self.nbytes)
-
-
-class SharedBuffer:
-    """A 1-D tensor in memory that the ranks of a node share; it stays until the window is closed.
-
-    Attributes:
-        tensor: this rank's elements.
-        peers: the elements of each rank of the node, in rank order; the same memory for all in a
-            buffer of which there is one for the node.
-        nbytes: of the tensor.
-    """
-
-    def __init__(self, peers: Sequence[Tensor], rank: int) -> None:
+    def __init__(self, tensor: Tensor, peers: Sequence[Tensor] | None = None) -> None:
+        self.tensor = tensor
         self.peers = peers
-        self.tensor = peers[rank]
-        self.nbytes = self.tensor.nbytes
+        self.nbytes = tensor.nbytes
+
+
+def allocate(numel: int, dtype: torch.dtype) -> Tensor:
+    """A 1-D tensor, contents undefined, whose memory goes back to the system with it."""
+    with _own_mapping():
+        return torch.empty(numel, dtype=dtype)
 
 
 def lend(tensor: Tensor) -> tuple[Tensor, weakref.ref[object] | None]:

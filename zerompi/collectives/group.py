@@ -13,7 +13,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from zerompi.arrays import host_bytes
-from zerompi.collectives.buffer import Buffer
+from zerompi.collectives.buffer import allocate
 from zerompi.collectives.shared import SharedNode, open_node
 from zerompi.errors import MismatchError, ZerompiError
 from zerompi.topology import Topology
@@ -121,12 +121,12 @@ class Group:
 
     # -- memory --------------------------------------------------------------------------------
 
-    def allocate(self, numel: int, dtype: torch.dtype) -> Buffer:
-        """Memory that this group will communicate: a buffer of `numel` elements, contents undefined.
+    def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Memory that this group will communicate: `numel` elements, 1-D, contents undefined.
 
         Every rank of the group allocates in the same order.
         """
-        return Buffer(numel, dtype)
+        return allocate(numel, dtype)
 
     # -- agreement -----------------------------------------------------------------------------
 

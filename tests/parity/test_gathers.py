@@ -1,0 +1,271 @@
+"""Where gathered parameters lie and when they come: slots, batches, prefetch, node_cache (stage 3)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mpi4py import MPI
+from torch import nn
+
+import zerompi
+from models import CASES, GPT, Block, assert_same_weights, build, own_slice
+from test_stages import assert_trains_alike
+
+LAYOUTS = [[2, 2], [3, 1], [1, 1, 1, 1], [2, 1], [1, 1], [1]]
+FITTING = [sizes for sizes in LAYOUTS if sum(sizes) == MPI.COMM_WORLD.size]
+
+
+@pytest.fixture(params=["shared", "messages"])
+def memory(request, monkeypatch):
+    monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", "1" if request.param == "shared" else "0")
+    return request.param
+
+
+@pytest.fixture(params=FITTING, ids=lambda sizes: "+".join(map(str, sizes)))
+def topology(request, comm):
+    return zerompi.Topology(comm, ranks_per_node=request.param)
+
+
+@pytest.mark.parametrize("name", ["gpt", "tied", "mlp", "lora"])
+def test_a_node_cache_trains_like_unsharded_torch(comm, topology, memory, name):
+    assert_trains_alike(comm, name, 3, steps=6, topology=topology, node_cache=True)
+
+
+class Nested(nn.Module):
+    """Units in units in units, of several sizes; the inner ones are used in the reverse order, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = nn.ModuleList(nn.ModuleList(Block(20, 2) for _ in range(3)) for _ in range(2))
+        self.gains = nn.ParameterList(nn.Parameter(torch.ones(20)) for _ in range(2))
+
+    def forward(self, x):
+        for group, gain in zip(self.groups, self.gains, strict=True):
+            for block in group:
+                x = block(x) * gain
+            for block in reversed(group):
+                x = x + block(x)
+        return x
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(20))
+        self.inner = Nested()
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+def train(model, optimizer, comm, steps=4, zero=None):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        x, y = torch.randn(2, 12, 5, 20, generator=generator)
+        share = slice(None)
+        if zero is not None:
+            n = 12 // comm.size
+            share = slice(comm.rank * n, (comm.rank + 1) * n)
+        nn.functional.mse_loss(model(x[share]), y[share]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("node_cache", [False, True])
+@pytest.mark.parametrize("deep", [False, True])
+def test_nested_units_train_like_unsharded_torch(comm, topology, memory, node_cache, deep):
+    kinds = (Block, Nested, nn.Linear) if deep else (Block, Nested)
+
+    def make():
+        torch.manual_seed(1)
+        model = Outer()
+        return model, torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    expected, optimizer = make()
+    train(expected, optimizer, comm)
+    model, optimizer = make()
+    with zerompi.partition(
+        model,
+        optimizer,
+        comm=comm,
+        topology=topology,
+        units=lambda module: isinstance(module, kinds),
+        node_cache=node_cache,
+    ) as zero:
+        train(model, optimizer, comm, zero=zero)
+        state = zero.full_state_dict()
+    assert_same_weights(state, expected)
+
+
+def counted(zero):
+    return {
+        level: sum(nbytes.get(level, 0) for label, nbytes in zero.report().traffic.items()
+                   if label != "header")
+        for level in ("intra_node", "inter_node")
+    }  # fmt: skip
+
+
+def gpt_step(comm, model, optimizer, passes=1):
+    case = CASES["gpt"]
+    x, y = own_slice(case.batch(0), comm.rank, comm.size)
+    for _ in range(passes):
+        case.loss(model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# Elements sent between nodes per step by all ranks together, in units of Psi times (nodes - 1),
+# where L ranks are on each node: all-gathers, reduce-scatter.
+BETWEEN_NODES = {
+    "flat": lambda ranks: (2 * ranks, ranks),  # every rank of the other node gets each block
+    "hierarchical": lambda ranks: (2, 1),
+    "node_cache": lambda ranks: (1, 1),
+    "shard_ranks": lambda ranks: (0, 2 / ranks * ranks),  # an all-reduce between two copies
+}
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("way", BETWEEN_NODES)
+def test_bytes_between_nodes_are_the_theory(comm, memory, way, passes):
+    if comm.size != 4:
+        pytest.skip("needs 4 ranks")
+    options = {"node_cache": way == "node_cache"}
+    if way == "shard_ranks":
+        options["shard_ranks"] = "node"
+    nodes = [0, 0, 1, 1]
+    topology = zerompi.Topology.from_nodes(nodes)
+    if way == "flat":  # every rank for itself; what crosses is told by who would be on which node
+        topology = zerompi.Topology(comm, ranks_per_node=1)
+    model, optimizer = build(CASES["gpt"])
+    numel = sum(p.numel() for p in model.parameters())
+    with zerompi.partition(model, optimizer, comm=comm, topology=topology, **options) as zero:
+        for _ in range(3):
+            gpt_step(comm, model, optimizer, passes)
+        sent = counted(zero)
+    between = comm.allreduce(sent["inter_node"])
+    gathers, reductions = BETWEEN_NODES[way](2)
+    gathers *= passes if way != "node_cache" else 1
+    reductions *= passes
+    if way == "flat":  # of a rank's three peers, two are on the other node
+        between = between * 2 // 3
+    assert between == pytest.approx(4 * numel * (gathers + reductions), abs=0)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_each_unit_is_gathered_ahead_once_its_order_is_known(comm, topology, monkeypatch):
+    from zerompi import schedule
+
+    made = []
+
+    class Watched(schedule.Gather):
+        def __init__(self, units, context, *, ahead):
+            made.append((len(units), ahead))
+            super().__init__(units, context, ahead=ahead)
+
+    monkeypatch.setattr(schedule, "Gather", Watched)
+    monkeypatch.setattr(schedule, "GATHER_NBYTES", 0)
+    model, optimizer = build(CASES["gpt"])
+    with zerompi.partition(model, optimizer, comm=comm, topology=topology) as zero:
+        if zero.num_copies == 1:
+            return  # nothing is ever gathered
+        gpt_step(comm, model, optimizer)
+        assert not made  # unknown yet
+        gpt_step(comm, model, optimizer)
+    # The root and three blocks, in forward and in backward; only the first has nothing before it.
+    assert made == [(1, False), *[(1, True)] * 7]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_small_units_are_gathered_together(comm, topology):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(40)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with zerompi.partition(model, optimizer, comm=comm, topology=topology) as zero:
+        headers = []
+        for _ in range(3):
+            model(torch.ones(2, 6)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            headers.append(sum(zero.report().traffic["header"].values()))
+    if zero.num_copies > 1:
+        assert headers[1] == headers[2] <= headers[0] - 16 * (comm.size - 1) * 70
+
+
+class Switching(nn.Module):
+    """Uses its blocks in an order that a switch outside decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(20, 2) for _ in range(4))
+        self.order = [0, 1, 2, 3]
+
+    def forward(self, x):
+        for index in self.order:
+            x = self.blocks[index](x)
+        return x
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_passes_that_leave_the_known_order_are_right(comm, topology, memory, monkeypatch, limit):
+    from zerompi import schedule
+
+    monkeypatch.setattr(schedule, "GATHER_NBYTES", limit)
+    orders = [[0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 1, 3], [3], [1, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+    weights = []
+    for sharded in (False, True):
+        torch.manual_seed(5)
+        model = Switching()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        zero = (
+            zerompi.partition(model, optimizer, comm=comm, topology=topology) if sharded else None
+        )
+        for order in orders:
+            model.order = order
+            with torch.no_grad():
+                model(torch.ones(1, 3, 20))  # another pass of the same step
+            generator = torch.Generator().manual_seed(len(order))
+            x = torch.randn(12, 3, 20, generator=generator)
+            n = 12 // comm.size
+            part = x[comm.rank * n : (comm.rank + 1) * n] if sharded else x
+            model(part).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(model.state_dict() if zero is None else zero.full_state_dict())
+        if zero is not None:
+            zero.close()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("node_cache", [False, True])
+def test_a_forward_inside_gathered_and_an_unfinished_pass_leave_nothing(
+    comm, topology, memory, node_cache
+):
+    model, optimizer = build(CASES["gpt"])
+    x, _ = own_slice(CASES["gpt"].batch(0), comm.rank, comm.size)
+    with zerompi.partition(
+        model, optimizer, comm=comm, topology=topology, node_cache=node_cache
+    ) as zero:
+        buffers = []
+        for _ in range(4):
+            gpt_step(comm, model, optimizer)
+            buffers.append(zero.report().memory.now["buffers"])
+            with zero.gathered():
+                inside = model(x)
+            unfinished = model(x)  # recorded, but no backward follows
+            assert torch.equal(inside, unfinished)
+            with torch.no_grad():
+                assert torch.equal(model(x), inside)
+        state = zero.full_state_dict()
+    reference = GPT()
+    reference.load_state_dict(state)
+    assert torch.equal(reference(x), unfinished)
+    assert len(set(buffers)) == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_node_cache_without_gathers_is_refused(comm, stage):
+    model, optimizer = build(CASES["gpt"])
+    with pytest.raises(ValueError, match=f"node_cache: expected False at stage {stage}"):
+        zerompi.partition(model, optimizer, stage=stage, comm=comm, node_cache=True)

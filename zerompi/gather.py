@@ -1,0 +1,152 @@
+"""All-gathers of the parameters of units: where they lie, and when the memory is free again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from zerompi.collectives.all_gather import gather_blocks, gather_node_copies
+from zerompi.comm_thread import Ticket
+from zerompi.regions import Slot
+from zerompi.segment import Context, Segment
+
+if TYPE_CHECKING:
+    from zerompi.unit import Unit
+
+
+class Gather:
+    """One all-gather of the parameters of units that lie beside each other in one slot.
+
+    A slot is taken when the gather is made, and free again when the last of the units has resharded.
+    The gather itself starts when every rank has taken the slot, so nobody reads in it any more what
+    was there before. Where a rank has no slot left (units are gathered all at once, or run in another order),
+    all ranks take memory of their own for this gather.
+
+    Collective over the world: construction, in the same order on all ranks.
+
+    Args:
+        units: resharded ones of one depth.
+        context: of the partition.
+        ahead: whether it is done by the communication thread, and `finish` waits for it.
+    """
+
+    def __init__(self, units: Sequence[Unit], context: Context, *, ahead: bool) -> None:
+        self.units = list(units)
+        self._context = context
+        self._waiting = set(units)  # that have not been unsharded yet
+        self._rest = set(units)  # that have not been resharded yet
+        self._own_nbytes = 0
+        self._slot: Slot | None = None
+        self._slot_number = self._take_slot()
+        self._ticket: Ticket | None = None
+        self._is_done = False
+        for unit in units:
+            unit.gather = self
+        if ahead:
+            self._ticket = context.thread.submit(self._run)
+            context.ahead.append(self)
+
+    def _take_slot(self) -> int:
+        """Take a slot; return its number, from 1, or 0 where none is free."""
+        kept = self.units[0].slot
+        slots = self._context.slots[self.units[0].depth] if kept is None else [kept]
+        for number, slot in enumerate(slots, start=1):
+            if slot.user in (None, self.units[0]):
+                slot.user = self if kept is None else self.units[0]
+                self._slot = slot
+                return number
+        return 0
+
+    # -- communication -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        context, names = self._context, ", ".join(unit.name for unit in self.units)
+        with context.times.phase("all_gather"):
+            segments = [segment for unit in self.units for segment in unit.segments]
+            group, what = context.world, f"all-gather of the parameters of {names}"
+            if context.node_group and all(segment.is_cached for segment in segments):
+                group = context.node_group
+            numbers = group.agree(what, self._slot_number)
+            if self._slot_number == 0 or len(set(numbers)) > 1:
+                self._leave_slot()
+            self._fill(segments, self._places(segments))
+        self._is_done = True
+
+    def _leave_slot(self) -> None:
+        if self._slot is not None and self._slot.user is self:
+            self._slot.user = None
+        self._slot = None
+
+    def _places(self, segments: Sequence[Segment]) -> list[Tensor]:
+        sizes = [(segment.layout.padded_numel, segment.dtype) for segment in segments]
+        if self._slot is not None:
+            return self._slot.cut(sizes)
+        self._own_nbytes = sum(segment.full_nbytes for segment in segments)
+        self._context.memory.add("buffers", self._own_nbytes)
+        return [self._context.shard_group.allocate(*size) for size in sizes]
+
+    def _fill(self, segments: Sequence[Segment], places: Sequence[Tensor]) -> None:
+        context, group = self._context, self._context.shard_group
+        keepers = context.node_group
+        copies = []
+        for segment, place in zip(segments, places, strict=True):
+            segment.full = place
+            if segment.secondary is not None and segment.is_cached and keepers is not None:
+                segment.recall(place)
+                gather_blocks(place, segment.node_ranges, keepers)
+            elif not segment.is_cached:
+                segment.receive(place)
+                copies.append((place, segment.layout.shard_ranges))
+        if self._slot is not None and self._slot.is_shared:
+            if copies:
+                gather_node_copies(copies, group)
+        else:
+            for full, ranges in copies:
+                gather_blocks(full, ranges, group)
+        if keepers is not None:
+            for segment in segments:
+                segment.keep()
+
+    # -- use -----------------------------------------------------------------------------------
+
+    def finish(self, unit: Unit) -> None:
+        """Gather, or wait until it is done, because `unit` is unsharded now.
+
+        What went wrong is raised, and nothing of this gather stays.
+        """
+        try:
+            if self._ticket is not None:
+                self._ticket.wait()
+            elif not self._is_done:
+                self._context.thread.run(self._run)
+        except BaseException:
+            for each in self.units:
+                self.release(each)
+            raise
+        self._use(unit)
+
+    def _use(self, unit: Unit) -> None:
+        self._waiting.discard(unit)
+        if not self._waiting and self in self._context.ahead:
+            self._context.ahead.remove(self)
+
+    def release(self, unit: Unit) -> None:
+        """Note that `unit` needs its parameters no more."""
+        self._use(unit)
+        unit.gather = None
+        for segment in unit.segments:
+            segment.full = None
+        self._rest.discard(unit)
+        if not self._rest:
+            self._leave_slot()
+            self._context.memory.add("buffers", -self._own_nbytes)
+            self._own_nbytes = 0
+
+    def settle(self) -> None:
+        """Wait until the gather is done, and let go of the units that nobody has used."""
+        if self._ticket is not None:
+            self._ticket.abandon()
+        for unit in list(self._waiting):
+            self.release(unit)
