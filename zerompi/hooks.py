@@ -171,7 +171,7 @@ class Hooks:
                     if tensor.requires_grad:
                         tensor.register_hook(partial(self._before_backward, unit))
         if not in_backward():
-            self.gathers.reshard(unit)
+            self.gathers.reshard(unit, expect_next=output is not None)
         return output
 
     def _before_model(

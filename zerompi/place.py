@@ -9,14 +9,16 @@ from torch import Tensor
 
 from zerompi.collectives.shared import PAGE_NBYTES, SharedNode, Window, has_room
 from zerompi.placement import Placement
-from zerompi.regions import Region, Slot
+from zerompi.regions import ALIGNMENT, Region, Slot
 from zerompi.segment import Context, Segment
 from zerompi.unit import Unit
 
 _TURNS = (
     2  # of buckets: one is filled while the other is read; of slots: one is used, one is filled
 )
-GATHER_NBYTES = 4 << 20  # small units are gathered together up to this size
+# Small units are gathered together, up to this size and this part of all.
+_GATHER_NBYTES = 4 << 20
+_GATHER_PART = 1 / 16
 
 
 def place(units: Sequence[Unit], context: Context) -> None:
@@ -91,12 +93,13 @@ def _slot_sizes(units: Sequence[Unit], context: Context, *, is_kept: bool) -> li
     if context.stage.parameter is Placement.REPLICATE:
         return []
     if is_kept:
-        return [[_pages(unit.slot_nbytes) for unit in units]]
+        return [[unit.slot_nbytes for unit in units]]
     sizes = []
     for depth in range(1 + max(unit.depth for unit in units)):
         nbytes = [unit.slot_nbytes for unit in units if unit.depth == depth]
-        enough = max(*nbytes, min(GATHER_NBYTES, sum(nbytes)))
-        sizes.append([_pages(enough)] * min(_TURNS, len(nbytes)))
+        together = min(_GATHER_NBYTES, int(_GATHER_PART * sum(nbytes)))
+        enough = -(-max(*nbytes, together) // ALIGNMENT) * ALIGNMENT
+        sizes.append([enough] * min(_TURNS, len(nbytes)))
     return sizes
 
 

@@ -30,12 +30,14 @@ class Slot:
 
     Attributes:
         user: who has it now.
+        nbytes: of the memory.
     """
 
     def __init__(self, memory: torch.Tensor, *, is_shared: bool) -> None:
         self.user: object | None = None
         self.is_shared = is_shared
         self._memory = memory
+        self.nbytes = memory.nbytes
 
     def cut(self, sizes: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
         """Tensors of these numbers of elements and dtypes, one behind the other."""

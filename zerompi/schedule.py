@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from zerompi.gather import Gather
-from zerompi.place import GATHER_NBYTES, assign_regions
+from zerompi.place import assign_regions
+from zerompi.regions import Slot
 from zerompi.segment import Context
 from zerompi.unit import Unit, UnitState
 
@@ -29,6 +31,23 @@ class Accumulation:
         return not self.paused and self.seen + 1 >= self.count
 
 
+class _Order(NamedTuple):
+    """In which order units are gathered in one pass.
+
+    Attributes:
+        units: each as often as it is gathered.
+        batches: the same, cut into those that are gathered together: as far as a slot holds them.
+        starts: position in the order -> the batch that starts there.
+    """
+
+    units: list[Unit]
+    batches: list[list[Unit]]
+    starts: dict[int, int]
+
+
+_UNKNOWN = _Order([], [], {})
+
+
 class Gathers:
     """Gathers units ahead of their use, in the order in which they were used before.
 
@@ -47,84 +66,92 @@ class Gathers:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._expected: dict[tuple[bool, int], list[Unit]] = {}
-        self._seen: list[Unit] = []
+        self._known: dict[tuple[bool, int], _Order] = {}
         self._pass = (False, 0)
+        self._expected = _UNKNOWN
+        self._seen: list[Unit] = []
         self._count = 0  # passes since the last step
-        self._order: Sequence[Unit] = ()
-        self._batches: list[list[Unit]] = []
-        self._starts: dict[int, int] = {}  # position in the order -> the batch that starts there
 
     def begin(self, *, with_grad: bool) -> None:
         """A forward of the model begins, which records gradients or not."""
         self._learn()
         self._count = min(self._count + 1, self._MAX_PASSES)
         self._pass = (with_grad, self._count)
-        self._expect(self._expected.get(self._pass, []))
+        self._expected = self._known.get(self._pass, _UNKNOWN)
 
     def end_of_step(self) -> None:
-        """The parameters are going to change."""
+        """The parameters have changed."""
         self._learn()
         self._count = 0
 
     def _learn(self) -> None:
         self._context.settle()
-        if self._seen:
-            self._expected[self._pass] = self._seen
-            self._seen = []
-
-    def _expect(self, order: Sequence[Unit]) -> None:
-        self._batches = list(_batches(order))
-        self._starts = {}
-        position = 0
-        for number, batch in enumerate(self._batches):
-            self._starts[position] = number
-            position += len(batch)
-        self._order = order
+        if self._seen and self._seen != self._known.get(self._pass, _UNKNOWN).units:
+            self._known[self._pass] = _make_order(self._seen, self._context.slots)
+        self._seen = []
+        self._expected = _UNKNOWN
 
     def unshard(self, unit: Unit) -> None:
         """Make the full parameters of `unit` visible; start to gather those that come next."""
-        if unit.state is UnitState.SHARDED:
-            position = len(self._seen)
-            self._seen.append(unit)
-            if self._order and (position >= len(self._order) or self._order[position] is not unit):
-                self._context.settle()
-                self._expect([])
-            number = self._starts.get(position)
-            if number is not None:
-                self._start(number, ahead=False)
-                unit.unshard()
-                self._start(number + 1, ahead=True)
-                return
-        unit.unshard()
+        if unit.state is not UnitState.SHARDED:
+            unit.unshard()
+            return
+        position = len(self._seen)
+        if self._expected.units[position : position + 1] != [unit]:
+            self._context.settle()
+            self._expected = _UNKNOWN
+        number = self._expected.starts.get(position)
+        if number is not None:
+            self._start(number, ahead=False)
+        try:
+            unit.unshard()
+        except BaseException:
+            self._expected = _UNKNOWN
+            raise
+        self._seen.append(unit)
+        if number is not None:
+            self._start(number + 1, ahead=True)
 
-    def reshard(self, unit: Unit) -> None:
-        """Free the full parameters; gather them again if they come next, now that they are free."""
+    def reshard(self, unit: Unit, *, expect_next: bool) -> None:
+        """Free the full parameters; gather them again if they come next, now that they are free.
+
+        Not with `expect_next` False: the forward has failed.
+        """
         unit.reshard()
-        number = self._starts.get(len(self._seen))
-        if number is not None and self._order:
+        if not expect_next:
+            self._expected = _UNKNOWN
+        number = self._expected.starts.get(len(self._seen))
+        if number is not None:
             self._start(number, ahead=True)
 
     def _start(self, number: int, *, ahead: bool) -> None:
-        if number < len(self._batches):
-            batch = [unit for unit in self._batches[number] if unit.is_free]
+        """Gather those units of a batch that nobody has gathered yet."""
+        if number < len(self._expected.batches):
+            batch = [unit for unit in self._expected.batches[number] if unit.is_free]
             if batch:
                 Gather(batch, self._context, ahead=ahead)
 
 
-def _batches(order: Sequence[Unit]) -> Iterator[list[Unit]]:
-    """Cut an order of units into those that are gathered together."""
-    batch: list[Unit] = []
+def _make_order(units: list[Unit], slots: Sequence[Sequence[Slot]]) -> _Order:
+    batches: list[list[Unit]] = []
+    starts = {}
     nbytes = 0
-    for unit in order:
-        fits = nbytes + unit.slot_nbytes <= GATHER_NBYTES and unit.slot is None
-        if batch and not (fits and unit not in batch and unit.depth == batch[0].depth):
-            yield batch
-            batch, nbytes = [], 0
-        batch.append(unit)
-        nbytes += unit.slot_nbytes
-    if batch:
-        yield batch
+    for position, unit in enumerate(units):
+        fits = (
+            bool(batches)
+            and unit.slot is None
+            and unit.depth == batches[-1][0].depth
+            and nbytes + unit.slot_nbytes <= slots[unit.depth][0].nbytes
+            and unit not in batches[-1]
+        )
+        if fits:
+            batches[-1].append(unit)
+            nbytes += unit.slot_nbytes
+        else:
+            starts[position] = len(batches)
+            batches.append([unit])
+            nbytes = unit.slot_nbytes
+    return _Order(units, batches, starts)
 
 
 class Reductions:
