@@ -15,6 +15,7 @@ from torch import Tensor
 from zerompi.arrays import host_bytes
 from zerompi.collectives.buffer import allocate
 from zerompi.collectives.shared import SharedNode, open_node
+from zerompi.collectives.waiting import has_spare_cores, wait_all
 from zerompi.errors import MismatchError, ZerompiError
 from zerompi.topology import Topology
 from zerompi.traffic import INTER_NODE, INTRA_NODE, Traffic
@@ -93,6 +94,7 @@ class Group:
             for peer in range(self.size)
         ]
         self._headers = np.empty((self.size, 2), dtype=np.uint64)
+        self._polls = has_spare_cores(self.node_comm)
         self.node: SharedNode | None = None
         if layout.num_nodes < layout.size and (layout.is_single_node or algorithm != "flat"):
             self.node = open_node(comm, self.node_comm, self._progress)
@@ -161,8 +163,28 @@ class Group:
             number = fence.arrive(digest, flags)
             fence.wait(number)
             return fence.headers(number)
-        self.comm.Allgather(np.array([digest, flags], dtype=np.uint64), self._headers)
+        if self.node is not None:
+            self._exchange_between_nodes(self.node, digest, flags)
+        else:
+            own = np.array([digest, flags], dtype=np.uint64)
+            wait_all([self.comm.Iallgather(own, self._headers)], polls=self._polls)
         return cast("list[tuple[int, int]]", self._headers.tolist())
+
+    def _exchange_between_nodes(self, node: SharedNode, digest: int, flags: int) -> None:
+        """Fill `_headers`: the first rank of each node exchanges what its node brings, others sleep."""
+        ranks_of_node = self.topology.ranks_of_node
+        number = node.fence.arrive(digest, flags)
+        node.fence.wait(number)
+        board = node.board(self.size)
+        if node.comm.rank == 0:
+            own = np.array(node.fence.headers(number), dtype=np.uint64)
+            counts = [2 * len(ranks) for ranks in ranks_of_node]
+            everyone = np.empty((self.size, 2), dtype=np.uint64)
+            request = self.inter_node_comm.Iallgatherv(own, [everyone, counts])
+            wait_all([request], polls=self._polls)
+            board[[rank for ranks in ranks_of_node for rank in ranks]] = everyone
+        node.fence.cross()
+        self._headers[:] = board
 
     # -- data ----------------------------------------------------------------------------------
 
@@ -189,7 +211,7 @@ class Group:
                 for part in _parts(tensor):
                     requests.append(self.comm.Isend([part, MPI.BYTE], peer))
                     self.traffic.add(label, self._levels[peer], part.nbytes)
-            MPI.Request.Waitall(requests)
+            wait_all(requests, polls=self._polls)
 
     def _waves(
         self, messages: Messages, distance: Callable[[int], int]

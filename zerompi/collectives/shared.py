@@ -9,13 +9,16 @@ import resource
 import weakref
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from mpi4py import MPI
+from numpy.typing import NDArray
 from torch import Tensor
 
 from zerompi.collectives.fence import RANK_NBYTES, Fence
 
 PAGE_NBYTES = 4096
+_HEADER_NBYTES = 16
 STAGING_NBYTES = 4 << 20  # of each rank and half
 _SWITCH = "ZEROMPI_SHARED_MEMORY"
 # We take at most this part of what is free: of the machine's shared memory, and, where the process has
@@ -82,9 +85,11 @@ class SharedNode:
         half: which half of the staging memory was used last.
     """
 
-    def __init__(self, comm: MPI.Intracomm, progress: Callable[[], object]) -> None:
+    def __init__(self, comm: MPI.Intracomm, num_ranks: int, progress: Callable[[], object]) -> None:
         self.comm = comm
-        self._window = Window(comm, [RANK_NBYTES] * comm.size)
+        nbytes = [RANK_NBYTES] * comm.size
+        nbytes[-1] += num_ranks * _HEADER_NBYTES
+        self._window = Window(comm, nbytes)
         self._window.parts(0, RANK_NBYTES, torch.uint8)[comm.rank].zero_()
         comm.Barrier()
         self.fence = Fence(
@@ -92,6 +97,12 @@ class SharedNode:
         )
         self.half = 0
         self._staging: Window | None = None
+
+    def board(self, num_ranks: int) -> NDArray[np.uint64]:
+        """Where the headers of the ranks of all nodes stand for everybody: (num_ranks, 2)."""
+        start = self.comm.size * RANK_NBYTES
+        stop = start + num_ranks * _HEADER_NBYTES
+        return self._window.bytes[start:stop].numpy().view(np.uint64).reshape(num_ranks, 2)
 
     def staging(self, half: int) -> list[Tensor]:
         """One of two halves of each rank's staging memory, STAGING_NBYTES of uint8. Collective."""
@@ -119,7 +130,8 @@ def open_node(
     possible = wanted and reachable.size == node_comm.size
     reachable.Free()
     possible = possible and has_room((RANK_NBYTES + 2 * STAGING_NBYTES) * node_comm.size)
-    return SharedNode(node_comm, progress) if comm.allreduce(possible, MPI.LAND) else None
+    possible = bool(comm.allreduce(possible, MPI.LAND))
+    return SharedNode(node_comm, comm.size, progress) if possible else None
 
 
 def has_room(nbytes: int) -> bool:

@@ -1,0 +1,39 @@
+"""Waiting for messages without taking the cores from those who compute.
+
+An MPI library waits by polling, which is best where a core has nothing else to do. Where the ranks of
+a node, and their communication threads, have fewer cores than that, a rank that polls delays those that
+it waits for. There we ask now and then, and sleep between.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import torch
+from mpi4py import MPI
+
+_FIRST_SLEEP = 2e-5  # seconds; each sleep is twice as long as the last one
+_LONGEST_SLEEP = 2e-4
+
+
+def has_spare_cores(node_comm: MPI.Intracomm) -> bool:
+    """Whether this node has a core for every thread that computes, and one for each rank's waiting. Collective."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+    of_all = node_comm.allgather((frozenset(cores), torch.get_num_threads() + 1))
+    distinct = frozenset[int]().union(*(mask for mask, _ in of_all))
+    wanted: int = sum(threads for _, threads in of_all)
+    return len(distinct) >= wanted
+
+
+def wait_all(requests: Sequence[MPI.Request], *, polls: bool) -> None:
+    """Wait for all requests: in the MPI library if `polls`, else asleep between looks."""
+    requests = list(requests)
+    if polls:
+        MPI.Request.Waitall(requests)
+        return
+    pause = _FIRST_SLEEP
+    while not MPI.Request.Testall(requests):
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_SLEEP)
