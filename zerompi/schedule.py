@@ -54,9 +54,9 @@ class Gathers:
     A *pass* begins with each forward of the model, and goes on until the next one. The order in which
     units are gathered in it, forward and backward, is kept, and expected of the pass at the same place of the
     next step. Units that follow each other form a batch, gathered together, as long as they
-    are small, of one depth and different. When the first unit of a batch is used, the next batch is
-    started: never more than one is there that nobody uses yet. A pass that leaves the expected order
-    goes on without.
+    are small, of one depth and different. When the first unit of a batch is about to be used, the next
+    batch is started: never more than one is there that nobody uses yet. A pass that leaves the expected
+    order goes on without.
 
     All ranks have gathered the same units in the same order (each gather makes sure of it), so they
     expect the same.
@@ -102,15 +102,14 @@ class Gathers:
             self._expected = _UNKNOWN
         number = self._expected.starts.get(position)
         if number is not None:
-            self._start(number, ahead=False)
+            self._start(number)
+            self._start(number + 1)
         try:
             unit.unshard()
         except BaseException:
             self._expected = _UNKNOWN
             raise
         self._seen.append(unit)
-        if number is not None:
-            self._start(number + 1, ahead=True)
 
     def reshard(self, unit: Unit, *, expect_next: bool) -> None:
         """Free the full parameters; gather them again if they come next, now that they are free.
@@ -122,14 +121,14 @@ class Gathers:
             self._expected = _UNKNOWN
         number = self._expected.starts.get(len(self._seen))
         if number is not None:
-            self._start(number, ahead=True)
+            self._start(number)
 
-    def _start(self, number: int, *, ahead: bool) -> None:
+    def _start(self, number: int) -> None:
         """Gather those units of a batch that nobody has gathered yet."""
         if number < len(self._expected.batches):
             batch = [unit for unit in self._expected.batches[number] if unit.is_free]
             if batch:
-                Gather(batch, self._context, ahead=ahead)
+                Gather(batch, self._context, ahead=True)
 
 
 def _make_order(units: list[Unit], slots: Sequence[Sequence[Slot]]) -> _Order:
