@@ -82,6 +82,7 @@ class Gather:
     def _places(self, segments: Sequence[Segment]) -> list[Tensor]:
         sizes = [(segment.layout.padded_numel, segment.dtype) for segment in segments]
         if self._slot is not None:
+            self._context.memory.add("buffers", self._slot.take())
             return self._slot.cut(sizes)
         self._own_nbytes = sum(segment.full_nbytes for segment in segments)
         self._context.memory.add("buffers", self._own_nbytes)

@@ -137,6 +137,7 @@ class PieceOptimizer:
             for gradient in segment.gradients()
         )
         self.context.settle()
+        self.context.free_slots()  # the optimizer may need room
         flags = self.context.world.agree("optimizer step", int(not finite))
         if self.scaler is not None:
             self.scaler.update(overflow=any(flags))

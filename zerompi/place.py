@@ -116,14 +116,14 @@ def _make_slots(node: SharedNode | None, units: Sequence[Unit], context: Context
     sizes = _slot_sizes(units, context, is_kept=keeps and node is not None)
     total = sum(map(sum, sizes))
     if node is None or not total:
-        memory = torch.empty(total, dtype=torch.uint8)
+        rings = [[Slot(nbytes) for nbytes in ring] for ring in sizes]
     else:
         window = Window(node.comm, [total, *[0] * (node.comm.size - 1)])
         context.windows.append(window)
+        context.memory.add("buffers", total // node.comm.size)
         memory = window.parts(0, total, torch.uint8)[0]
-    context.memory.add("buffers", total if node is None else total // node.comm.size)
-    parts = iter(memory.split([size for ring in sizes for size in ring]))
-    rings = [[Slot(next(parts), is_shared=node is not None) for _ in ring] for ring in sizes]
+        parts = iter(memory.split([nbytes for ring in sizes for nbytes in ring]))
+        rings = [[Slot(nbytes, next(parts)) for nbytes in ring] for ring in sizes]
     if keeps and node is not None:
         for unit, slot in zip(units, rings[0], strict=True):
             unit.slot = slot

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from zerompi.collectives.buffer import Buffer
+from zerompi.collectives.buffer import Buffer, allocate
 from zerompi.collectives.fence import Fence
 from zerompi.collectives.shared import Window
 
@@ -25,22 +25,37 @@ class Slot:
     """Memory in which full parameters lie while they are needed: the node's, or this rank's own.
 
     Args:
-        memory: 1-D, uint8.
-        is_shared: whether the ranks of the node have it together.
+        nbytes: how much.
+        shared: 1-D, uint8: memory that the ranks of the node have together; None is memory of this
+            rank's own, taken when it is needed first and given back by `free`.
 
     Attributes:
         user: who has it now.
-        nbytes: of the memory.
     """
 
-    def __init__(self, memory: torch.Tensor, *, is_shared: bool) -> None:
+    def __init__(self, nbytes: int, shared: torch.Tensor | None = None) -> None:
         self.user: object | None = None
-        self.is_shared = is_shared
-        self._memory = memory
-        self.nbytes = memory.nbytes
+        self.nbytes = nbytes
+        self.is_shared = shared is not None
+        self._memory = shared
+
+    def take(self) -> int:
+        """Make sure that there is memory; return how many bytes were taken for it."""
+        if self._memory is not None:
+            return 0
+        self._memory = allocate(self.nbytes, torch.uint8)
+        return self.nbytes
+
+    def free(self) -> int:
+        """Give back memory of this rank's own that nobody uses; return how many bytes."""
+        if self._memory is None or self.is_shared or self.user is not None:
+            return 0
+        self._memory = None
+        return self.nbytes
 
     def cut(self, sizes: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
         """Tensors of these numbers of elements and dtypes, one behind the other."""
+        assert self._memory is not None
         tensors, offset = [], 0
         for numel, dtype in sizes:
             stop = offset + numel * dtype.itemsize

@@ -68,6 +68,12 @@ class Context:
             self.ahead.pop().settle()
         self.thread.drain()
 
+    def free_slots(self) -> None:
+        """Give back the memory of slots that this rank has for itself and does not use now."""
+        for slots in self.slots:
+            for slot in slots:
+                self.memory.add("buffers", -slot.free())
+
 
 def placeholder(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """One element expanded to the shape of `tensor`: no memory, and NaN when it is read."""

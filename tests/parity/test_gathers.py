@@ -121,7 +121,7 @@ BETWEEN_NODES = {
     "flat": lambda ranks: (2 * ranks, ranks),  # every rank of the other node gets each block
     "hierarchical": lambda ranks: (2, 1),
     "node_cache": lambda ranks: (1, 1),
-    "shard_ranks": lambda ranks: (0, 2 / ranks * ranks),  # an all-reduce between two copies
+    "shard_ranks": lambda ranks: (0, 2),  # an all-reduce between the copies
 }
 
 

@@ -75,6 +75,11 @@ def test_a_value_that_no_run_can_have_is_refused(name: str, value: object, messa
     assert str(caught.value) == message
 
 
+def test_a_node_cache_below_stage_3_is_refused() -> None:
+    with pytest.raises(InputError, match="--node-cache: expected False below stage 3, got True"):
+        TrainConfig(stage=2, node_cache=True)
+
+
 def test_steps_and_epochs_together_are_refused() -> None:
     with pytest.raises(InputError, match="--steps or --epochs, not both"):
         TrainConfig(steps=3, epochs=1.0)

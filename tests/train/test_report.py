@@ -101,6 +101,15 @@ def test_theory_of_one_node_moves_gradients_only(stage: int) -> None:
     assert theory == {"reduce_scatter": 3000}
 
 
+def test_theory_of_a_node_cache_gathers_once() -> None:
+    """Of 4 ranks on 2 nodes; with memory of their own, the ranks of a node gather among themselves."""
+    same = {"stage": 3, "num_shards": 4, "num_replicas": 1, "param_nbytes": 4, "num_keepers": 2}
+    shared = traffic_theory(1000, num_copies=2, passes=3, **same)
+    assert shared == {"reduce_scatter": 3000, "all_gather": 1000}
+    private = traffic_theory(1000, num_copies=4, passes=3, **same)
+    assert private == {"reduce_scatter": 3000, "all_gather": 3000 + 5 * 2000}
+
+
 def test_seconds_of_phases_are_means_over_the_steps_that_no_evaluation_preceded() -> None:
     meter = Meter()
     for step in range(1, 5):

@@ -70,6 +70,11 @@ class TrainConfig:
     shard_ranks: str = _option(
         "world", _ZERO, "Ranks that share one copy: world, node, or a divisor of the ranks."
     )
+    node_cache: bool = _option(
+        False,
+        _ZERO,
+        "At stage 3 a node keeps what it has gathered until the parameters change (hpZ).",
+    )
     accumulate: int = _option(1, _ZERO, "Forward and backward passes of each rank per step.")
 
     steps: int | None = _option(
@@ -124,6 +129,8 @@ class TrainConfig:
         if self.model is None:
             half = self.width / 2
             self._require("heads", half % self.heads == 0, f"a divisor of --width / 2 = {half:g}")
+        fits = self.stage == 3 or not self.node_cache
+        self._require("node_cache", fits, "False below stage 3")
         known = self.shard_ranks in ("world", "node") or self.shard_ranks.isdigit()
         self._require("shard_ranks", known, "world, node or a number")
 

@@ -157,6 +157,7 @@ def _partition(
         units=units,
         mixed_precision=mixed,
         shard_ranks=int(shard_ranks) if shard_ranks.isdigit() else shard_ranks,
+        node_cache=config.node_cache,
     )
 
 

@@ -85,13 +85,16 @@ def traffic_theory(
     num_copies: int,
     param_nbytes: int,
     passes: int,
+    num_keepers: int = 0,
 ) -> dict[str, float]:
     """Bytes that a rank sends per step, the mean over ranks, by label.
 
     Rajbhandari et al., arXiv:1910.02054, section 7: 2 Psi elements at stages 0 to 2, 3 Psi at stage
     3, times (N - 1) / N; gradients travel as float32. At stage 3 the parameters travel twice in
     each of the `passes` of a step. Ranks that share a node's copy get their parameters together:
-    each shard goes to the other ones of `num_copies` only. Between replicas (MiCS, arXiv:2205.00119)
+    each shard goes to the other ones of `num_copies` only. With `node_cache` (hpZ, arXiv:2306.10209) they
+    travel once in a step; the `num_keepers` ranks of a node that keep them in parts then gather them among
+    themselves (0: nobody does, or they have one copy). Between replicas (MiCS, arXiv:2205.00119)
     the shard's gradients are all-reduced.
     """
     gradient_nbytes = 4
@@ -102,6 +105,9 @@ def traffic_theory(
     gathered = param_nbytes * numel * (num_copies - 1) / num_shards
     if stage == 3 and gathered:
         bytes_of["all_gather"] = 2 * passes * gathered
+        if num_keepers:
+            own = param_nbytes * numel / num_keepers if num_copies == num_shards else 0
+            bytes_of["all_gather"] = gathered + (2 * passes - 1) * own * (num_keepers - 1)
     elif gathered:
         bytes_of["refresh"] = gathered
     if num_replicas > 1:
@@ -162,6 +168,7 @@ def summarise(
             num_copies=job.zero.num_copies,
             param_nbytes=itemsize,
             passes=config.accumulate,
+            num_keepers=len(job.topology.ranks_of_node[0]) if config.node_cache else 0,
         ),
         memory=categories,
         peak_rss=max(rss for _, _, rss in everyone),
