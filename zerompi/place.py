@@ -98,13 +98,16 @@ def _slot_sizes(units: Sequence[Unit], context: Context, *, is_kept: bool) -> li
     for depth in range(1 + max(unit.depth for unit in units)):
         nbytes = [unit.slot_nbytes for unit in units if unit.depth == depth]
         together = min(_GATHER_NBYTES, int(_GATHER_PART * sum(nbytes)))
-        enough = -(-max(*nbytes, together) // ALIGNMENT) * ALIGNMENT
-        sizes.append([enough] * min(_TURNS, len(nbytes)))
+        sizes.append([_aligned(max(*nbytes, together))] * min(_TURNS, len(nbytes)))
     return sizes
 
 
 def _pages(nbytes: int) -> int:
     return -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _make_slots(node: SharedNode | None, units: Sequence[Unit], context: Context) -> None:
@@ -135,11 +138,11 @@ def _make_slots(node: SharedNode | None, units: Sequence[Unit], context: Context
 
 
 def _bucket_nbytes(unit: Unit) -> int:
-    return sum(_bucket_pages(segment) for segment in unit.trainable)
+    return sum(_aligned_bucket_nbytes(segment) for segment in unit.trainable)
 
 
-def _bucket_pages(segment: Segment) -> int:
-    return _pages(segment.layout.padded_numel * segment.reduce_dtype.itemsize)
+def _aligned_bucket_nbytes(segment: Segment) -> int:
+    return _aligned(segment.layout.padded_numel * segment.reduce_dtype.itemsize)
 
 
 def _region_sizes(units: Sequence[Unit], context: Context) -> list[int]:
@@ -158,6 +161,8 @@ def _make_regions(
         return
     window = Window(node.comm, [sum(sizes)] * node.comm.size)
     context.windows.append(window)
+    if context.stage.gradient is Placement.SHARD:  # else they are counted as gradients
+        context.memory.add("buffers", sum(sizes))
     offset = 0
     for nbytes in sizes:
         context.regions.append(Region(window, node.comm.rank, offset, node.fence))
@@ -188,4 +193,4 @@ def _assign(unit: Unit, region: Region) -> None:
     offset = 0
     for segment in unit.trainable:
         segment.region, segment.region_offset = region, offset
-        offset += _bucket_pages(segment)
+        offset += _aligned_bucket_nbytes(segment)

@@ -10,10 +10,12 @@ from functools import partial
 from statistics import median
 
 import torch
+import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
 from zerompi.arrays import host_bytes
+from zerompi.bench.gloo import gloo
 from zerompi.collectives import Group, all_gather, all_reduce, reduce_scatter
 from zerompi.collectives.all_gather import gather_node_copies
 from zerompi.collectives.reduce_scatter import reduce_blocks
@@ -35,8 +37,8 @@ class Result:
     Attributes:
         collective: its name.
         way: "shared" (what lies in the node's shared memory), "staged" (arrays that lie anywhere),
-            "messages" (every rank as if it were a node), "MPI" (the library's own), "copy" (each rank
-            copies the same number of bytes in its own memory).
+            "messages" (every rank as if it were a node), "MPI" (the library's own), "gloo" (of
+            torch.distributed), "copy" (each rank copies the same number of bytes in its own memory).
         nbytes: of the whole buffer on each rank.
         dtype: of its elements.
         seconds: of one call, the slowest rank's; the median of the repetitions.
@@ -49,6 +51,11 @@ class Result:
     dtype: str
     seconds: float
     ratio: float | None
+
+    @property
+    def key(self) -> str:
+        """What was measured, to find it in another run's results."""
+        return f"{self.collective} {self.way} {self.dtype} {self.nbytes}"
 
 
 def measure(
@@ -121,13 +128,27 @@ def _ways(
     def copy() -> None:
         copied.copy_(send)
 
-    made[COPY] = copy
-    yield made
+    with gloo(comm):
+        made["gloo"] = _of_gloo(collective, send, recv, comm)
+        made[COPY] = copy
+        yield made
     del shared, made
     for window in windows:
         window.close()
     by_messages.close()
     group.close()
+
+
+def _of_gloo(collective: str, send: Tensor, recv: Tensor, comm: MPI.Intracomm) -> Call:
+    own = slice(0, send.numel() // comm.size)
+    if collective == "reduce_scatter":  # by its new name where torch has it
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return lambda: scatter(recv[own], send)
+    if collective == "all_gather":
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return lambda: gather(recv, send[own])
+    reduced = send.clone()
+    return lambda: dist.all_reduce(reduced)
 
 
 def _shared_way(

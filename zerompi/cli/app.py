@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog="Example: mpiexec -n 4 zerompi train --data my-book.txt --steps 1000")(train)
-app.command(epilog="Example: mpiexec -n 4 zerompi bench --sizes 1MiB,64MiB")(bench)
+app.command(epilog="Example: mpiexec -n 4 zerompi bench training --width 1024")(bench)
 app.command(epilog="Example: mpiexec -n 4 zerompi info")(info)
 
 

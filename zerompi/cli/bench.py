@@ -1,159 +1,216 @@
-"""`zerompi bench`: how fast this machine's collectives are, zerompi's beside the MPI library's."""
+"""`zerompi bench`: how fast this machine is with zerompi, beside what else there is."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import typer
 from mpi4py import MPI
-from rich.table import Table
 
 import zerompi
-from zerompi.bench.collectives import COLLECTIVES, COPY, Result, measure
+from zerompi.bench import collectives as collectives_bench
+from zerompi.bench import training as training_bench
+from zerompi.bench.plot import plot_collectives, plot_training
+from zerompi.bench.tables import UNITS, table_of_collectives, table_of_training
 from zerompi.launch import threads_per_rank
 from zerompi.train.agreement import agree, agree_on_root
 from zerompi.train.config import InputError
 from zerompi.train.display import make_console
 
-_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+KINDS = ("collectives", "training")
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
+_COLLECTIVES, _TRAINING, _RESULTS = "Collectives", "Training", "Results"
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options as given."""
+
+    kind: str
+    collectives: str
+    sizes: str
+    dtypes: str
+    systems: str | None
+    workload: training_bench.Workload
+    repeats: int
+    out: str | None
+    plot: str | None
+    compare: str | None
 
 
 def bench(
+    kind: str = typer.Argument("collectives", help=f"What to measure: {' or '.join(KINDS)}."),
     collectives: str = typer.Option(
-        ",".join(COLLECTIVES), help="Which collectives, separated by commas."
+        ",".join(collectives_bench.COLLECTIVES),
+        help="Which collectives, separated by commas.",
+        rich_help_panel=_COLLECTIVES,
     ),
     sizes: str = typer.Option(
-        "64KiB,1MiB,16MiB,64MiB", help="Bytes of the whole buffer on each rank: 1KiB to 1GiB."
+        "64KiB,1MiB,16MiB,64MiB",
+        help="Bytes of the whole buffer on each rank: 1KiB to 1GiB.",
+        rich_help_panel=_COLLECTIVES,
     ),
-    dtypes: str = typer.Option("float32", help=f"Of the elements: {', '.join(_DTYPES)}."),
-    repeats: int = typer.Option(5, help="How often each way takes its turn."),
-    out: Optional[str] = typer.Option(None, help="Write the results to this JSON file."),  # noqa: UP045
+    dtypes: str = typer.Option(
+        "float32",
+        help=f"Of the elements: {', '.join(_DTYPES)}.",
+        rich_help_panel=_COLLECTIVES,
+    ),
+    systems: Optional[str] = typer.Option(  # noqa: UP045
+        None,
+        help=f"Which of {', '.join(training_bench.SYSTEMS)}; all that are installed if not given.",
+        rich_help_panel=_TRAINING,
+    ),
+    layers: int = typer.Option(8, help="Blocks of the GPT.", rich_help_panel=_TRAINING),
+    width: int = typer.Option(512, help="Width of the GPT.", rich_help_panel=_TRAINING),
+    heads: int = typer.Option(8, help="Heads of each block.", rich_help_panel=_TRAINING),
+    context: int = typer.Option(64, help="Bytes of a sequence.", rich_help_panel=_TRAINING),
+    batch: int = typer.Option(1, help="Sequences of each rank.", rich_help_panel=_TRAINING),
+    steps: int = typer.Option(3, help="Steps timed together.", rich_help_panel=_TRAINING),
+    repeats: int = typer.Option(
+        5, help="How often each way, or system, takes its turn.", rich_help_panel=_RESULTS
+    ),
+    out: Optional[str] = typer.Option(  # noqa: UP045
+        None, help="Write the results to this JSON file.", rich_help_panel=_RESULTS
+    ),
+    plot: Optional[str] = typer.Option(  # noqa: UP045
+        None, help="Draw the results into this file (.png, .pdf, .svg).", rich_help_panel=_RESULTS
+    ),
     compare: Optional[str] = typer.Option(  # noqa: UP045
-        None, help="Show the ratio to the results in this JSON file of an earlier run."
+        None,
+        help="Show the ratio to the results in this JSON file of an earlier run.",
+        rich_help_panel=_RESULTS,
     ),
 ) -> Callable[[], None]:
-    """Time collectives: zerompi's, the MPI library's own, and a plain copy of as many bytes.
+    """Time collectives, or whole training steps, beside other libraries and beside the bound.
 
-    All ways take turns in one run, so that their ratios hold on a machine that others use, too. The
-    time is that of the slowest rank, the median of the repetitions.
+    Collectives: the MPI library's own, gloo's, and a plain copy of as many bytes. Training: torch's DDP, FSDP2
+    and ZeroRedundancyOptimizer, DeepSpeed, and the same step without communication. All take turns in one
+    run, so that their ratios hold on a machine that others use, too. The time is that of the slowest rank,
+    the median of the repetitions.
     """
-    return partial(_run, collectives, sizes, dtypes, repeats, out, compare)
+    workload = training_bench.Workload(layers, width, heads, context, batch, steps)
+    options = _Options(
+        kind, collectives, sizes, dtypes, systems, workload, repeats, out, plot, compare
+    )
+    return partial(_run, options)
 
 
-def _run(
-    collectives: str, sizes: str, dtypes: str, repeats: int, out: str | None, compare: str | None
-) -> None:
+def _run(options: _Options) -> None:
     world = MPI.COMM_WORLD
-    names = agree(world, lambda: _chosen("--collectives", collectives, COLLECTIVES))
-    kinds = agree(world, lambda: _chosen("--dtypes", dtypes, _DTYPES))
-    nbytes = agree(world, lambda: [_nbytes(size) for size in sizes.split(",")])
-    agree(world, lambda: _check_repeats(repeats))
-    before = agree_on_root(world, lambda: _read(compare))
+    agree(world, lambda: _check(options))
+    before = agree_on_root(world, lambda: _read(options.compare))
     topology = zerompi.Topology(world)
     torch.set_num_threads(threads_per_rank(len(topology.ranks_of_node[0])))
-    results = [
-        result
-        for name in names
-        for kind in kinds
-        for size in nbytes
-        for result in measure(world, name, size, getattr(torch, kind), repeats)
-    ]
-    agree_on_root(world, lambda: _write(out, results, topology))
+    title = f"{topology.size} ranks, {topology.num_nodes} nodes"
+    measure = _measure_training if options.kind == "training" else _measure_collectives
+    results = measure(options, world)
+    agree_on_root(world, lambda: _write(options, results, topology))
+    if options.plot is not None:
+        path = Path(options.plot)
+        agree_on_root(world, lambda: _plot(options.kind, results, title, path))
     if world.rank == 0:
-        make_console().print(_table(results, before, topology))
+        table = table_of_training if options.kind == "training" else table_of_collectives
+        make_console().print(table(results, before, title))
 
 
-def _chosen(option: str, text: str, known: Sequence[str]) -> list[str]:
-    chosen = text.split(",")
-    for name in chosen:
+def _measure_collectives(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
+    return [
+        result
+        for name in options.collectives.split(",")
+        for kind in options.dtypes.split(",")
+        for size in options.sizes.split(",")
+        for result in collectives_bench.measure(
+            world, name, _nbytes(size), getattr(torch, kind), options.repeats
+        )
+    ]
+
+
+def _measure_training(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
+    installed = agree_on_root(world, training_bench.available)
+    names = installed if options.systems is None else options.systems.split(",")
+    return training_bench.measure(world, options.workload, names, options.repeats)
+
+
+# -- options -----------------------------------------------------------------------------------
+
+
+def _check(options: _Options) -> None:
+    _chosen("KIND", options.kind, KINDS)
+    _chosen("--collectives", options.collectives, collectives_bench.COLLECTIVES)
+    _chosen("--dtypes", options.dtypes, _DTYPES)
+    for size in options.sizes.split(","):
+        _nbytes(size)
+    if options.systems is not None:
+        _chosen("--systems", options.systems, list(training_bench.SYSTEMS))
+        _chosen("--systems", options.systems, training_bench.available())
+    counts = {**vars(options.workload), "repeats": options.repeats}
+    for name, value in counts.items():
+        if value < 1:
+            raise InputError(f"--{name}: expected at least 1, got {value}")
+    workload = options.workload
+    if workload.width % (2 * workload.heads):
+        half = workload.width / 2
+        raise InputError(
+            f"--heads: expected a divisor of --width / 2 = {half:g}, got {workload.heads}"
+        )
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot: expected matplotlib to be installed: pip install matplotlib")
+
+
+def _chosen(option: str, text: str, known: Sequence[str]) -> None:
+    for name in text.split(","):
         if name not in known:
             raise InputError(f"{option}: expected some of {', '.join(known)}, got {name!r}")
-    return chosen
 
 
 def _nbytes(size: str) -> int:
     number, unit = size[:-3], size[-3:]
-    if unit in _UNITS and number.isdigit() and 0 < int(number) * _UNITS[unit] <= 1 << 30:
-        return int(number) * _UNITS[unit]
+    if unit in UNITS and number.isdigit() and 0 < int(number) * UNITS[unit] <= 1 << 30:
+        return int(number) * UNITS[unit]
     raise InputError(f"--sizes: expected sizes such as 64KiB or 16MiB, up to 1GiB, got {size!r}")
 
 
-def _check_repeats(repeats: int) -> None:
-    if repeats < 1:
-        raise InputError(f"--repeats: expected at least 1, got {repeats}")
-
-
-def _key(result: Result) -> str:
-    return f"{result.collective} {result.way} {result.dtype} {result.nbytes}"
+# -- files -------------------------------------------------------------------------------------
 
 
 def _read(path: str | None) -> dict[str, float]:
-    """Seconds of an earlier run."""
+    """Seconds of an earlier run by key."""
     if path is None:
         return {}
     try:
         rows = json.loads(Path(path).read_text())["results"]
-        return {_key(Result(**row)): float(row["seconds"]) for row in rows}
+        return {str(row["key"]): float(row["seconds"]) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"--compare: {path}: expected results of zerompi bench") from error
 
 
-def _write(path: str | None, results: Sequence[Result], topology: zerompi.Topology) -> None:
-    if path is None:
+def _write(options: _Options, results: Sequence[Any], topology: zerompi.Topology) -> None:
+    if options.out is None:
         return
     content = {
+        "kind": options.kind,
         "zerompi": zerompi.__version__,
+        "torch": torch.__version__,
         "mpi": MPI.Get_library_version().strip("\0").splitlines()[0],
         "ranks": topology.size,
         "nodes": topology.num_nodes,
-        "results": [asdict(result) for result in results],
+        "threads": torch.get_num_threads(),
+        "workload": vars(options.workload) if options.kind == "training" else None,
+        "results": [{"key": result.key, **asdict(result)} for result in results],
     }
-    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    Path(options.out).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _table(
-    results: Sequence[Result], before: dict[str, float], topology: zerompi.Topology
-) -> Table:
-    """One row for each way; bandwidth is the buffer's bytes by the time, for a copy twice that."""
-    columns = ["collective", "dtype", "size", "way", "time", "GB/s", "faster than MPI"]
-    title = f"{topology.size} ranks, {topology.num_nodes} nodes; time of the slowest rank"
-    table = Table(*columns, *(["before"] if before else []), title=title)
-    last = None
-    for result in results:
-        group = (result.collective, result.dtype, result.nbytes)
-        if last not in (None, group):
-            table.add_section()
-        last = group
-        moved = result.nbytes * (2 if result.way == COPY else 1)
-        row = [
-            result.collective,
-            result.dtype,
-            _size(result.nbytes),
-            result.way,
-            _time(result.seconds),
-            f"{moved / result.seconds / 1e9:.2f}",
-            "" if result.ratio is None else f"{result.ratio:.2f}x",
-        ]
-        if before:
-            seconds = before.get(_key(result))
-            row.append("" if seconds is None else f"{seconds / result.seconds:.2f}x")
-        table.add_row(*row)
-    return table
-
-
-def _size(nbytes: int) -> str:
-    for unit, size in reversed(_UNITS.items()):
-        if nbytes >= size:
-            return f"{nbytes / size:.4g} {unit}"
-    return f"{nbytes} B"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:,.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:,.2f} ms"
+def _plot(kind: str, results: Sequence[Any], title: str, path: Path) -> None:
+    draw = plot_training if kind == "training" else plot_collectives
+    try:
+        draw(results, title, path)
+    except ValueError as error:  # an ending that matplotlib does not know
+        raise InputError(f"--plot: {path}: {error}") from error

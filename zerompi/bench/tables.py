@@ -1,0 +1,81 @@
+"""Results of benchmarks as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from zerompi.bench.collectives import COPY, Result
+from zerompi.bench.training import Trained
+
+UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def table_of_collectives(
+    results: Sequence[Result], before: Mapping[str, float], title: str
+) -> Table:
+    """One row for each way; bandwidth is the buffer's bytes by the time, for a copy twice that.
+
+    Args:
+        results: in the order in which they are shown.
+        before: seconds of an earlier run by key; empty if there was none.
+        title: of the table.
+    """
+    columns = ["collective", "dtype", "size", "way", "time", "GB/s", "faster than MPI"]
+    table = Table(*columns, *(["before"] if before else []), title=title)
+    last = None
+    for result in results:
+        group = (result.collective, result.dtype, result.nbytes)
+        if last not in (None, group):
+            table.add_section()
+        last = group
+        moved = result.nbytes * (2 if result.way == COPY else 1)
+        row = [
+            result.collective,
+            result.dtype,
+            size_text(result.nbytes),
+            result.way,
+            _time(result.seconds),
+            f"{moved / result.seconds / 1e9:.2f}",
+            "" if result.ratio is None else f"{result.ratio:.2f}x",
+        ]
+        table.add_row(*row, *_before(result, before))
+    return table
+
+
+def table_of_training(results: Sequence[Trained], before: Mapping[str, float], title: str) -> Table:
+    """One row for each system; see `table_of_collectives`."""
+    columns = ["system", "step", "steps/s", "of free", "memory", "reported"]
+    table = Table(*columns, "loss", *(["before"] if before else []), title=title)
+    for result in results:
+        row = [
+            result.system,
+            _time(result.seconds),
+            f"{1 / result.seconds:.3f}",
+            f"{result.ratio:.2f}",
+            f"{result.nbytes / 1e6:,.0f} MB",
+            "" if result.reported is None else f"{result.reported / 1e6:,.0f} MB",
+            "" if result.loss is None else f"{result.loss:.5f}",
+        ]
+        table.add_row(*row, *_before(result, before))
+    return table
+
+
+def _before(result: Result | Trained, before: Mapping[str, float]) -> list[str]:
+    if not before:
+        return []
+    seconds = before.get(result.key)
+    return ["" if seconds is None else f"{seconds / result.seconds:.2f}x"]
+
+
+def size_text(nbytes: int) -> str:
+    """A number of bytes for people."""
+    for unit, size in reversed(UNITS.items()):
+        if nbytes >= size:
+            return f"{nbytes / size:.4g} {unit}"
+    return f"{nbytes} B"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:,.2f} ms"

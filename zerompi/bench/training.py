@@ -1,0 +1,346 @@
+"""Training steps of zerompi beside other systems and beside a step that communicates nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.util
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mpi4py import MPI
+from torch import Tensor, nn
+
+import zerompi
+from zerompi.bench.gloo import gloo
+from zerompi.train.model import GPT, VOCABULARY, GPTConfig
+
+FREE = "free"
+_WARM_UP = 2  # steps
+_LOOK_EVERY = 0.01  # seconds between looks at the memory
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A GPT, and what each rank trains it on in a step.
+
+    Attributes:
+        layers, width, heads: of the GPT.
+        context: bytes of a sequence.
+        batch: sequences of each rank.
+        steps: that are timed together.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    context: int
+    batch: int
+    steps: int
+
+    def make_model(self) -> GPT:
+        """The same on every rank."""
+        torch.manual_seed(1234)
+        return GPT(GPTConfig(self.layers, self.width, self.heads))
+
+    def make_batch(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of a rank, (batch, context) int64."""
+        generator = torch.Generator().manual_seed(rank)
+        size = (self.batch, self.context + 1)
+        tokens = torch.randint(0, VOCABULARY, size, generator=generator)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one system did.
+
+    Attributes:
+        system: its name.
+        seconds: of a step, the slowest rank's; the median of the repetitions.
+        ratio: the median over repetitions of the communication-free step's time by this one's.
+        nbytes: by how much the ranks' memory has grown together at the peak of a step; shared pages
+            count once (PSS).
+        reported: the sum of the categories of zerompi's report at their peaks; None for others.
+        loss: the mean over ranks in the last step; None for the communication-free step.
+    """
+
+    system: str
+    seconds: float
+    ratio: float
+    nbytes: int
+    reported: int | None
+    loss: float | None
+
+    @property
+    def key(self) -> str:
+        """What was measured, to find it in another run's results."""
+        return self.system
+
+
+class Running:
+    """A system that is ready to train.
+
+    Args:
+        step: trains on a batch; returns the loss.
+        report: bytes that the system itself says it needs on this rank, if it does.
+    """
+
+    def __init__(
+        self, step: Callable[[Tensor, Tensor], Tensor], report: Callable[[], int] | None = None
+    ) -> None:
+        self.step = step
+        self.report = report
+
+
+Maker = Callable[[Workload, MPI.Intracomm], AbstractContextManager[Running]]
+
+
+def _loss(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
+
+
+def _plain_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Callable[[Tensor, Tensor], Tensor]:
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        loss = _loss(model, x, y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def _adamw(parameters: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=3e-4)
+
+
+# -- systems -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _zerompi(
+    stage: int, workload: Workload, comm: MPI.Intracomm, **options: Any
+) -> Iterator[Running]:
+    model = workload.make_model()
+    optimizer = _adamw(model.parameters())
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm, **options) as zero:
+        step = _plain_step(model, optimizer)
+        yield Running(step, lambda: sum(zero.report().memory.peak.values()))
+
+
+@contextmanager
+def _free(workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
+    """The same compute with every collective left out: each rank steps its part of a model of its own.
+
+    No data-parallel system is faster, and nothing is learned.
+    """
+    model = workload.make_model()
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    start, stop = total * comm.rank // comm.size, total * (comm.rank + 1) // comm.size
+    pieces: list[tuple[nn.Parameter, slice, nn.Parameter]] = []
+    offset = 0
+    for parameter in parameters:
+        low, high = max(start - offset, 0), min(stop - offset, parameter.numel())
+        if low < high:
+            part = slice(low, high)
+            pieces.append((parameter, part, nn.Parameter(parameter.data.flatten()[part])))
+        offset += parameter.numel()
+    optimizer = _adamw([piece for _, _, piece in pieces])
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        loss = _loss(model, x, y)
+        loss.backward()
+        for parameter, part, piece in pieces:
+            assert parameter.grad is not None
+            piece.grad = parameter.grad.flatten()[part]
+        optimizer.step()
+        optimizer.zero_grad()
+        model.zero_grad()
+        return loss.detach()
+
+    yield Running(step)
+
+
+@contextmanager
+def _ddp(workload: Workload, comm: MPI.Intracomm, *, shards_states: bool) -> Iterator[Running]:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    with gloo(comm):
+        model = DistributedDataParallel(workload.make_model(), gradient_as_bucket_view=True)
+        optimizer: torch.optim.Optimizer
+        if shards_states:
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=3e-4)
+        else:
+            optimizer = _adamw(model.parameters())
+        yield Running(_plain_step(model, optimizer))
+
+
+@contextmanager
+def _fsdp2(workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with gloo(comm):
+        mesh = init_device_mesh("cpu", (comm.size,))
+        model = workload.make_model()
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        yield Running(_plain_step(model, _adamw(model.parameters())))
+
+
+@contextmanager
+def _deepspeed(stage: int, workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    with gloo(comm):
+        adamw = {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True}
+        config = {
+            "train_micro_batch_size_per_gpu": workload.batch,
+            "optimizer": {"type": "AdamW", "params": adamw},
+            "zero_optimization": {"stage": stage},
+            "steps_per_print": 10**9,
+        }
+        model = workload.make_model()
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=model.parameters(),
+            config=config,
+            dist_init_required=False,
+        )
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            loss = _loss(engine, x, y)
+            engine.backward(loss)
+            engine.step()
+            return loss.detach()
+
+        yield Running(step)
+        engine.destroy()
+
+
+SYSTEMS: dict[str, Maker] = {
+    FREE: _free,
+    "zerompi-1": partial(_zerompi, 1),
+    "zerompi-2": partial(_zerompi, 2),
+    "zerompi-3": partial(_zerompi, 3),
+    "ddp": partial(_ddp, shards_states=False),
+    "zero-redundancy": partial(_ddp, shards_states=True),
+    "fsdp2": _fsdp2,
+    "deepspeed-1": partial(_deepspeed, 1),
+    "deepspeed-2": partial(_deepspeed, 2),
+    "deepspeed-3": partial(_deepspeed, 3),
+}
+
+
+def available() -> list[str]:
+    """The systems that are installed."""
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    return [name for name in SYSTEMS if has_deepspeed or not name.startswith("deepspeed")]
+
+
+# -- measurement -------------------------------------------------------------------------------
+
+
+def measure(
+    comm: MPI.Intracomm, workload: Workload, systems: list[str], repeats: int
+) -> list[Trained]:
+    """Let the systems take turns, each made anew in each turn. Collective over `comm`.
+
+    Args:
+        comm: the ranks.
+        workload: what they train.
+        systems: names from SYSTEMS; the communication-free step comes first, wanted or not.
+        repeats: how many turns.
+    """
+    names = [FREE, *(name for name in systems if name != FREE)]
+    turns: dict[str, list[_Turn]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name in names:
+            turns[name].append(_take_turn(comm, workload, SYSTEMS[name]))
+    free = [turn.seconds for turn in turns[FREE]]
+    return [
+        Trained(
+            name,
+            median(turn.seconds for turn in taken),
+            median(a / turn.seconds for a, turn in zip(free, taken, strict=True)),
+            taken[-1].nbytes,
+            taken[-1].reported,
+            None if name == FREE else taken[-1].loss,
+        )
+        for name, taken in turns.items()
+    ]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    seconds: float
+    nbytes: int
+    reported: int | None
+    loss: float
+
+
+def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
+    x, y = workload.make_batch(comm.rank)
+    before = _resident_nbytes(comm)
+    with make(workload, comm) as running:
+        for _ in range(_WARM_UP):
+            running.step(x, y)
+        comm.Barrier()
+        start = time.perf_counter()
+        for _ in range(workload.steps):
+            loss = running.step(x, y)
+        seconds = comm.allreduce(time.perf_counter() - start, MPI.MAX) / workload.steps
+        peak = _peak_while(comm, partial(running.step, x, y))
+        reported = None if running.report is None else comm.allreduce(running.report())
+        mean = comm.allreduce(float(loss)) / comm.size
+    del running, make
+    gc.collect()
+    return _Turn(seconds, peak - before, reported, mean)
+
+
+def _resident_nbytes(comm: MPI.Intracomm) -> int:
+    """The proportional set sizes of all ranks together: shared pages count once. Collective."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    comm.Barrier()
+    return int(comm.allreduce(_own_nbytes()))
+
+
+def _own_nbytes() -> int:
+    with open("/proc/self/smaps_rollup") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+
+
+def _peak_while(comm: MPI.Intracomm, step: Callable[[], object]) -> int:
+    """The sum over ranks of the largest size that each has had during a step. Collective."""
+    sizes = [_own_nbytes()]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_LOOK_EVERY):
+            sizes.append(_own_nbytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    step()
+    ended.set()
+    watcher.join()
+    return int(comm.allreduce(max(sizes)))
