@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TextIO
 
 from zerompi.errors import ZerompiError
 
@@ -220,13 +220,23 @@ def abort(text: str, status: int = 1) -> NoReturn:
     from mpi4py import MPI
 
     sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    stderr = _real_stderr()
+    stderr.write(text)
+    stderr.flush()
     time.sleep(_FORWARDING)
     try:
         MPI.COMM_WORLD.Abort(status)
     finally:
         os._exit(status)
+
+
+def _real_stderr() -> TextIO:
+    """Standard error, not what somebody collects it in: torch.distributed does so in a hook of its own."""
+    try:
+        sys.stderr.fileno()
+    except (OSError, ValueError, AttributeError):
+        return sys.__stderr__ or sys.stderr
+    return sys.stderr
 
 
 def _write_and_abort(lines: Sequence[str], status: int) -> NoReturn:

@@ -135,7 +135,7 @@ class Report:
 
     Attributes:
         traffic: bytes that this rank sent in the last step, as {label: {level: bytes}} with the levels
-            "intra_node" and "inter_node".
+            "intra_node" and "inter_node", and "inter_group" where the topology has groups of nodes.
         memory: bytes by category, now and at peak, and the formula of the ZeRO paper.
         time: seconds by phase in the last step.
     """

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 
 INTRA_NODE = "intra_node"
 INTER_NODE = "inter_node"
+INTER_GROUP = "inter_group"
 
 Counts = dict[str, dict[str, int]]
 
 
 class Traffic:
-    """Bytes sent, by label (what for) and level ("intra_node" or "inter_node")."""
+    """Bytes sent, by label (what for) and level: "intra_node", "inter_node", "inter_group".
+
+    "inter_node" is between nodes of a group; where there are no groups, between any nodes.
+    """
 
     def __init__(self) -> None:
         self._bytes: dict[tuple[str, str], int] = {}

@@ -11,6 +11,8 @@ import torch
 
 from harness.mpirun import MPIRun
 from zerompi.bench.collectives import COLLECTIVES, measure
+from zerompi.bench.training import SYSTEMS, Workload, available
+from zerompi.bench.training import measure as measure_training
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -18,7 +20,7 @@ from zerompi.bench.collectives import COLLECTIVES, measure
 def test_every_way_is_measured(comm, collective, dtype):
     results = measure(comm, collective, 10_000, dtype, repeats=2)
     ways = [result.way for result in results]
-    assert {"messages", "copy"} <= set(ways)
+    assert {"messages", "gloo", "copy"} <= set(ways)
     assert len(ways) == len(set(ways))
     has_mpi = dtype is torch.float32 or collective == "all_gather"
     assert ("MPI" in ways) == has_mpi
@@ -42,6 +44,36 @@ def test_results_can_be_saved_and_compared(run_mpi: Callable[..., MPIRun], tmp_p
     assert "before" in job.stdout
 
 
+def test_all_systems_train_alike(comm):
+    """Equal losses: what is timed is the same training."""
+    workload = Workload(layers=2, width=32, heads=2, context=8, batch=2, steps=1)
+    results = {r.system: r for r in measure_training(comm, workload, available(), repeats=2)}
+    assert set(results) >= {name for name in SYSTEMS if not name.startswith("deepspeed")}
+    assert results["free"].ratio == 1
+    for name in ("zerompi-1", "zerompi-2", "zerompi-3", "ddp", "zero-redundancy"):
+        assert results[name].loss == pytest.approx(results["fsdp2"].loss, rel=1e-5)
+        assert results[name].seconds > 0
+        assert (results[name].reported is not None) == name.startswith("zerompi")
+
+
+def test_training_can_be_saved_drawn_and_compared(
+    run_mpi: Callable[..., MPIRun], tmp_path: Path
+) -> None:
+    words = ["-m", "zerompi", "bench", "training", "--width", "32", "--layers", "1", "--heads", "2"]
+    words += ["--systems", "zerompi-3", "--steps", "1", "--repeats", "1"]
+    saved, picture = tmp_path / "site.json", tmp_path / "site.png"
+    job = run_mpi(2, [*words, "--out", saved, "--plot", picture])
+    assert job.returncode == 0, job.output
+    assert [row["system"] for row in json.loads(saved.read_text())["results"]] == [
+        "free",
+        "zerompi-3",
+    ]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    job = run_mpi(2, [*words, "--compare", saved])
+    assert job.returncode == 0, job.output
+    assert "before" in job.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -50,6 +82,11 @@ def test_results_can_be_saved_and_compared(run_mpi: Callable[..., MPIRun], tmp_p
         (["--collectives", "gather"], "--collectives: expected some of reduce_scatter,"),
         (["--dtypes", "int8"], "--dtypes: expected some of float32,"),
         (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
+        (["trainings"], "KIND: expected some of collectives, training, got 'trainings'"),
+        (["training", "--systems", "horovod"], "--systems: expected some of free, zerompi-1,"),
+        (["training", "--heads", "5"], "--heads: expected a divisor of --width / 2 = 256, got 5"),
+        (["training", "--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--sizes", "1KiB", "--repeats", "1", "--plot", "a.xyz"], "--plot: a.xyz: "),
         (["--compare", "/no/such/file"], "/no/such/file: No such file or directory"),
     ],
 )

@@ -18,8 +18,16 @@ def nodes_of(layout: str) -> list[int] | None:
     if "," in layout:
         return [int(node) for node in layout.split(",")]
     if "+" in layout:
-        return [node for node, n in enumerate(layout.split("+")) for _ in range(int(n))]
+        sizes = layout.replace("|", "+").split("+")
+        return [node for node, n in enumerate(sizes) for _ in range(int(n))]
     return None
+
+
+def groups_of(layout: str) -> list[int] | None:
+    """The group of each node, or None for one group."""
+    if "|" not in layout:
+        return None
+    return [number for number, part in enumerate(layout.split("|")) for _ in part.split("+")]
 
 
 def fits(layout: str) -> bool:
@@ -37,7 +45,9 @@ def group(
     algorithm = "flat" if request.param.startswith("flat") else "hierarchical"
     if request.param.endswith("by messages"):
         monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", "0")
-    made = Group(comm, zerompi.Topology.from_nodes(nodes), algorithm=algorithm)
+    made = Group(
+        comm, zerompi.Topology.from_nodes(nodes, groups_of(request.param)), algorithm=algorithm
+    )
     yield made
     made.close()
 

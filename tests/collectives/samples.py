@@ -10,12 +10,13 @@ from torch import Tensor
 
 from zerompi.collectives import Group
 from zerompi.dtypes import accumulate_dtype
+from zerompi.traffic import INTER_GROUP, INTER_NODE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.empty(0, dtype=torch.complex32)  # torch warns once that it is experimental
 
-# "by messages": the ranks of a node share no memory.
+# "by messages": the ranks of a node share no memory. "|": between groups of nodes.
 LAYOUTS = [
     "flat",
     "flat by messages",
@@ -31,6 +32,11 @@ LAYOUTS = [
     "1+1",
     "1+1+1+1",
     "0,1,0,1",
+    "1+1|1+1",
+    "1+1+1|1",
+    "2+1|1",
+    "2+1|1 by messages",
+    "1|1+1",
 ]
 
 PLAIN_DTYPES = [
@@ -109,9 +115,15 @@ def plain_sum(summands: list[Tensor], scale: float = 1.0) -> Tensor:
     return (total * scale if scale != 1.0 else total).to(dtype)
 
 
+def between_nodes(group: Group, label: str) -> int:
+    """Bytes that this rank has sent to other nodes, of its own group of nodes or another."""
+    return sum(group.traffic.total(label, level) for level in (INTER_NODE, INTER_GROUP))
+
+
 def documented_sum(summands: list[Tensor], group: Group, scale: float = 1.0) -> Tensor:
-    """Flat: ranks ascending. Hierarchical: ranks of a node ascending, rounded, then nodes ascending."""
+    """Flat: ranks ascending. Hierarchical: ranks of a node, rounded, then nodes of a group, then groups."""
     if group.algorithm == "flat":
         return plain_sum(summands, scale)
-    nodes = group.topology.ranks_of_node
-    return plain_sum([plain_sum([summands[rank] for rank in ranks], scale) for ranks in nodes])
+    layout = group.topology
+    of_node = [plain_sum([summands[r] for r in ranks], scale) for ranks in layout.ranks_of_node]
+    return plain_sum([plain_sum([of_node[n] for n in nodes]) for nodes in layout.nodes_of_group])

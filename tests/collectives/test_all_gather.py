@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, raw
+from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, between_nodes, raw
 from zerompi.collectives import all_gather
 from zerompi.collectives.all_gather import gather_blocks
-from zerompi.traffic import INTER_NODE, INTRA_NODE
+from zerompi.traffic import INTRA_NODE
 
 
 def test_all_gather_moves_every_bit_of_every_dtype(group):
@@ -84,14 +84,25 @@ def test_all_gather_enters_each_other_node_once(group):
     topology, rank = group.topology, group.rank
     node = topology.node_of[rank]
     neighbours = len(topology.ranks_of_node[node]) - 1
+    own = topology.group_of(rank)
+    entering = sum(
+        topology.group_of(owner) != own and topology.group_delegate(own, owner) == rank
+        for owner in range(group.size)
+    )
+    # Once to each other group; what has entered this one so, and the own block, to its other nodes.
+    once_each = topology.num_groups - 1
+    once_each += (1 + entering) * (len(topology.nodes_of_group[own]) - 1)
     if group.node is not None:  # counted where it is read
         handled = sum(topology.delegate(node, owner) == rank for owner in range(group.size))
-        inter, intra = topology.num_nodes - 1, group.size - handled
+        inter, intra = once_each, group.size - handled
     elif group.algorithm == "flat":
         inter, intra = group.size - 1 - neighbours, neighbours
     else:
-        inter = topology.num_nodes - 1
+        inter = once_each
         handled = sum(topology.delegate(node, owner) == rank for owner in range(group.size))
         intra = handled * neighbours
-    assert group.traffic.total("all_gather", INTER_NODE) == inter * numel * 4
+    assert between_nodes(group, "all_gather") == inter * numel * 4
+    total = group.comm.allreduce(inter)
+    if group.algorithm != "flat":
+        assert total == group.size * (topology.num_nodes - 1)
     assert group.traffic.total("all_gather", INTRA_NODE) == intra * numel * 4

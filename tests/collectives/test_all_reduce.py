@@ -9,7 +9,7 @@ import torch
 from collectives.samples import NUMPY_DTYPES, PLAIN_DTYPES, as_bytes, documented_sum, numbers
 from zerompi.collectives import all_gather, all_reduce, reduce_scatter
 from zerompi.layout import FlatLayout
-from zerompi.traffic import INTER_NODE, INTRA_NODE
+from zerompi.traffic import INTER_GROUP, INTER_NODE, INTRA_NODE
 
 
 def test_all_ranks_get_the_documented_sum_bit_for_bit(group):
@@ -80,7 +80,7 @@ def test_a_hierarchy_sends_what_its_reduce_scatter_and_its_all_gather_send(group
     reduce_scatter(gathered, reduced, group)
     all_gather(reduced, gathered, group)
     all_reduce(gathered, gathered, group)
-    for level in (INTRA_NODE, INTER_NODE):
+    for level in (INTRA_NODE, INTER_NODE, INTER_GROUP):
         parts = [group.traffic.total(label, level) for label in ("reduce_scatter", "all_gather")]
         assert group.traffic.total("all_reduce", level) == sum(parts), (rank, level)
 

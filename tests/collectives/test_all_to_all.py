@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, raw
+from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, between_nodes, raw
 from zerompi.collectives import all_to_all
-from zerompi.traffic import INTER_NODE
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -47,4 +46,4 @@ def test_all_to_all_sends_each_block_once(group):
     all_to_all(torch.zeros(5 * group.size), torch.zeros(5 * group.size), group)
     assert group.traffic.total("all_to_all") == (group.size - 1) * 5 * 4
     others = sum(not group.topology.same_node(group.rank, peer) for peer in range(group.size))
-    assert group.traffic.total("all_to_all", INTER_NODE) == others * 5 * 4
+    assert between_nodes(group, "all_to_all") == others * 5 * 4

@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from collectives.samples import NUMPY_DTYPES, PLAIN_DTYPES, as_bytes, documented_sum, numbers
+from collectives.samples import (
+    NUMPY_DTYPES,
+    PLAIN_DTYPES,
+    as_bytes,
+    between_nodes,
+    documented_sum,
+    numbers,
+)
 from zerompi.collectives import reduce_scatter
 from zerompi.collectives.reduce_scatter import reduce_blocks
-from zerompi.traffic import INTER_NODE, INTRA_NODE
+from zerompi.traffic import INTRA_NODE
 
 FLOATING = [dtype for dtype in PLAIN_DTYPES if dtype.is_floating_point or dtype.is_complex]
 
@@ -138,14 +145,14 @@ def test_one_partial_sum_per_node_and_block_leaves_a_node(group):
         inter, intra = group.size - 1 - neighbours, neighbours
     else:
         inter, intra = mine - 1, group.size - mine
-    assert group.traffic.total("reduce_scatter", INTER_NODE) == inter * numel * 4
+    assert between_nodes(group, "reduce_scatter") == inter * numel * 4
     assert group.traffic.total("reduce_scatter", INTRA_NODE) == intra * numel * 4
 
 
 def test_all_nodes_together_send_what_a_hierarchy_should(group):
     numel = 6
     reduce_scatter(torch.zeros(numel * group.size), torch.zeros(numel), group)
-    sent = group.comm.allreduce(group.traffic.total("reduce_scatter", INTER_NODE))
+    sent = group.comm.allreduce(between_nodes(group, "reduce_scatter"))
     topology = group.topology
     if group.algorithm == "flat":
         pairs = sum(

@@ -66,6 +66,20 @@ def test_rank_that_fails_in_training_ends_all(run_mpi, way):
     assert re.search(MARK, job.output)
 
 
+def test_a_traceback_is_seen_behind_the_hook_of_torch_distributed(run_mpi, tmp_path):
+    """That hook collects in a buffer what the hooks before it write, to pass it on afterwards."""
+    program = (
+        "import sys, zerompi, torch.distributed as dist; from mpi4py import MPI\n"
+        "comm = MPI.COMM_WORLD\n"
+        f"store = dist.FileStore({str(tmp_path / 'store')!r}, comm.size)\n"
+        "dist.init_process_group('gloo', store=store, rank=comm.rank, world_size=comm.size)\n"
+        "raise ValueError('a bug')"
+    )
+    job = run_mpi(2, ["-c", program], timeout=60)
+    assert job.returncode != 0
+    assert re.search(MARK + ".*ValueError: a bug", job.output)
+
+
 def test_rank_that_leaves_the_training_early_is_named(run_mpi):
     job = run_mpi(3, [PROGRAM, "training-end"], timeout=60)
     assert job.returncode != 0

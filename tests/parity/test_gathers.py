@@ -153,6 +153,33 @@ def test_bytes_between_nodes_are_the_theory(comm, memory, way, passes):
     assert between == pytest.approx(4 * numel * (gathers + reductions), abs=0)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_groups_of_nodes_train_like_unsharded_torch(comm, stage):
+    if comm.size < 3:
+        pytest.skip("needs 3 ranks")
+    topology = zerompi.Topology(comm, ranks_per_node=1, nodes_per_group=2)
+    assert_trains_alike(comm, "gpt", stage, steps=6, topology=topology)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bytes_between_groups_of_nodes_are_the_theory(comm, stage):
+    """Every block enters the other group once, and every other node of a group once."""
+    if comm.size != 4:
+        pytest.skip("needs 4 ranks")
+    topology = zerompi.Topology.from_nodes([0, 1, 2, 3], [0, 0, 1, 1])
+    model, optimizer = build(CASES["gpt"])
+    numel = sum(p.numel() for p in model.parameters())
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology) as zero:
+        for _ in range(2):
+            gpt_step(comm, model, optimizer)
+        traffic = zero.report().traffic
+    times = {"reduce_scatter": 1, **({"all_gather": 2} if stage == 3 else {"refresh": 1})}
+    for label, count in times.items():
+        sent = {level: comm.allreduce(nbytes) for level, nbytes in sorted(traffic[label].items())}
+        # Of two groups of two nodes: Psi crosses; each group then passes on all blocks: 2 Psi.
+        assert sent == {"inter_group": 4 * count * numel, "inter_node": 4 * count * 2 * numel}
+
+
 @pytest.mark.mpi(min_size=2)
 def test_each_unit_is_gathered_ahead_once_its_order_is_known(comm, topology, monkeypatch):
     made = []

@@ -72,6 +72,45 @@ def test_shard_order_does_not_depend_on_the_layout(labels):
         assert topology.rank_of_shard(topology.shard_index(rank)) == rank
 
 
+@given(labels, st.data())
+def test_a_group_delegate_lives_in_its_group_and_is_the_delegate_on_its_node(labels, data):
+    nodes = len(set(labels))
+    groups = data.draw(st.lists(st.integers(0, 2), min_size=nodes, max_size=nodes))
+    topology = Topology.from_nodes(labels, groups)
+    for owner in range(topology.size):
+        assert topology.group_delegate(topology.group_of(owner), owner) == owner
+        for group in range(topology.num_groups):
+            rank = topology.group_delegate(group, owner)
+            assert topology.group_of(rank) == group
+            assert topology.delegate(topology.node_of[rank], owner) == rank
+
+
+def test_groups_of_nodes_are_counted_in_nodes_and_kept_by_a_restriction():
+    topology = Topology.from_nodes([0, 0, 1, 2, 3], [5, 5, 7, 7])
+    assert topology.nodes_of_group == ((0, 1), (2, 3))
+    assert repr(topology) == "Topology(5 ranks on 4 nodes in 2 groups: 2+1+1+1)"
+    assert topology != Topology.from_nodes([0, 0, 1, 2, 3])
+    part = topology.restrict([4, 2, 0])
+    assert [part.group_of(rank) for rank in range(3)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([0, 1], [0]), "group_of_node: expected one of each of 2 nodes, got 1"),
+    ],
+)
+def test_groups_that_do_not_cover_the_nodes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Topology.from_nodes(*arguments)
+    with pytest.raises(
+        ValueError, match="nodes_per_group: expected positive numbers that sum to 1"
+    ):
+        Topology(MPI.COMM_SELF, 1, [2])
+    with pytest.raises(TypeError, match="nodes_per_group: expected a whole number"):
+        Topology(MPI.COMM_SELF, 1, "2")
+
+
 def test_labels_do_not_matter_for_equality():
     assert Topology.from_nodes([7, 7, 3]) == Topology.from_nodes([0, 0, 1])
     assert hash(Topology.from_nodes([7, 7, 3])) == hash(Topology.from_nodes([0, 0, 1]))

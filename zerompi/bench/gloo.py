@@ -31,3 +31,9 @@ def gloo(comm: MPI.Intracomm) -> Iterator[None]:
 
 def _is_one_host(comm: MPI.Intracomm) -> bool:
     return len(set(comm.allgather(socket.gethostname()))) == 1
+
+
+def local_rank(comm: MPI.Intracomm) -> int:
+    """The position of this rank among those of its host. Collective."""
+    hosts = comm.allgather(socket.gethostname())
+    return hosts[: comm.rank].count(hosts[comm.rank])

@@ -21,7 +21,7 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 import zerompi
-from zerompi.bench.gloo import gloo
+from zerompi.bench.gloo import gloo, local_rank
 from zerompi.train.model import GPT, VOCABULARY, GPTConfig
 
 FREE = "free"
@@ -179,14 +179,13 @@ def _ddp(workload: Workload, comm: MPI.Intracomm, *, shards_states: bool) -> Ite
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.nn.parallel import DistributedDataParallel
 
-    with gloo(comm):
-        model = DistributedDataParallel(workload.make_model(), gradient_as_bucket_view=True)
-        optimizer: torch.optim.Optimizer
-        if shards_states:
-            optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=3e-4)
-        else:
-            optimizer = _adamw(model.parameters())
-        yield Running(_plain_step(model, optimizer))
+    model = DistributedDataParallel(workload.make_model(), gradient_as_bucket_view=True)
+    optimizer: torch.optim.Optimizer
+    if shards_states:
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=3e-4)
+    else:
+        optimizer = _adamw(model.parameters())
+    yield Running(_plain_step(model, optimizer))
 
 
 @contextmanager
@@ -194,44 +193,42 @@ def _fsdp2(workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    with gloo(comm):
-        mesh = init_device_mesh("cpu", (comm.size,))
-        model = workload.make_model()
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        yield Running(_plain_step(model, _adamw(model.parameters())))
+    mesh = init_device_mesh("cpu", (comm.size,))
+    model = workload.make_model()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    yield Running(_plain_step(model, _adamw(model.parameters())))
 
 
 @contextmanager
 def _deepspeed(stage: int, workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # What its launcher would say.
+    names = {"RANK": comm.rank, "WORLD_SIZE": comm.size, "LOCAL_RANK": local_rank(comm)}
+    os.environ.update({name: str(value) for name, value in names.items()})
     import deepspeed
 
-    with gloo(comm):
-        adamw = {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True}
-        config = {
-            "train_micro_batch_size_per_gpu": workload.batch,
-            "optimizer": {"type": "AdamW", "params": adamw},
-            "zero_optimization": {"stage": stage},
-            "steps_per_print": 10**9,
-        }
-        model = workload.make_model()
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=model.parameters(),
-            config=config,
-            dist_init_required=False,
-        )
+    adamw = {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True}
+    config = {
+        "train_micro_batch_size_per_gpu": workload.batch,
+        "optimizer": {"type": "AdamW", "params": adamw},
+        "zero_optimization": {"stage": stage},
+        "steps_per_print": 10**9,
+    }
+    model = workload.make_model()
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config, dist_init_required=False
+    )
 
-        def step(x: Tensor, y: Tensor) -> Tensor:
-            loss = _loss(engine, x, y)
-            engine.backward(loss)
-            engine.step()
-            return loss.detach()
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        loss = _loss(engine, x, y)
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
 
-        yield Running(step)
-        engine.destroy()
+    yield Running(step)
+    engine.destroy()
 
 
 SYSTEMS: dict[str, Maker] = {
@@ -270,9 +267,10 @@ def measure(
     """
     names = [FREE, *(name for name in systems if name != FREE)]
     turns: dict[str, list[_Turn]] = {name: [] for name in names}
-    for _ in range(repeats):
-        for name in names:
-            turns[name].append(_take_turn(comm, workload, SYSTEMS[name]))
+    with gloo(comm):  # once: DeepSpeed keeps what it has seen of it
+        for _ in range(repeats):
+            for name in names:
+                turns[name].append(_take_turn(comm, workload, SYSTEMS[name]))
     free = [turn.seconds for turn in turns[FREE]]
     return [
         Trained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from zerompi.arrays import copy_values, flat_tensor
 from zerompi.collectives import contract, staging
 from zerompi.collectives.group import Group
+from zerompi.topology import Topology
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -122,18 +124,40 @@ def _gather_from_nodes(buffers: Sequence[Sequence[Tensor]], group: Group, label:
         group: the ranks.
         label: under which the bytes are counted.
     """
-    topology, rank = group.topology, group.rank
+    for sends, recvs in _steps_between_nodes(group.topology, group.rank):
+        group.exchange(
+            [(peer, blocks[owner]) for blocks in buffers for peer, owner in sends],
+            [(peer, blocks[owner]) for blocks in buffers for peer, owner in recvs],
+            label,
+        )
+
+
+_Messages = list[tuple[int, int]]  # peer, and owner of the block
+
+
+@lru_cache(maxsize=64)
+def _steps_between_nodes(topology: Topology, rank: int) -> list[tuple[_Messages, _Messages]]:
+    """What a rank sends and receives: first between groups of nodes, then inside its group."""
     node = topology.node_of[rank]
-    remote = [peer for peer in range(group.size) if topology.node_of[peer] != node]
-    owners = [owner for owner in remote if topology.delegate(node, owner) == rank]
-    delegates = [
-        topology.delegate(other, rank) for other in range(topology.num_nodes) if other != node
+    own_group = topology.group_of(rank)
+    strangers = [o for o in range(topology.size) if topology.group_of(o) != own_group]
+    entering = [owner for owner in strangers if topology.group_delegate(own_group, owner) == rank]
+    steps = []
+    if topology.num_groups > 1:
+        others = [group for group in range(topology.num_groups) if group != own_group]
+        sends = [(topology.group_delegate(group, rank), rank) for group in others]
+        steps.append((sends, [(owner, owner) for owner in entering]))
+    held = sorted([rank, *entering])
+    neighbours = [n for n in topology.nodes_of_group[own_group] if n != node]
+    sends = [(topology.delegate(n, owner), owner) for owner in held for n in neighbours]
+    recvs = [
+        (holder, owner)
+        for owner in range(topology.size)
+        if topology.delegate(node, owner) == rank
+        and topology.node_of[holder := topology.group_delegate(own_group, owner)] != node
     ]
-    group.exchange(
-        [(delegate, blocks[rank]) for blocks in buffers for delegate in delegates],
-        [(owner, blocks[owner]) for blocks in buffers for owner in owners],
-        label,
-    )
+    steps.append((sends, recvs))
+    return steps
 
 
 def _share_in_node(

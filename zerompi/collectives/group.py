@@ -18,7 +18,7 @@ from zerompi.collectives.shared import SharedNode, open_node
 from zerompi.collectives.waiting import has_spare_cores, wait_all
 from zerompi.errors import MismatchError, ZerompiError
 from zerompi.topology import Topology
-from zerompi.traffic import INTER_NODE, INTRA_NODE, Traffic
+from zerompi.traffic import INTER_GROUP, INTER_NODE, INTRA_NODE, Traffic
 
 Algorithm = Literal["flat", "hierarchical"]
 Messages = Sequence[tuple[int, Tensor]]
@@ -37,7 +37,7 @@ class Group:
         comm: an intra-communicator, duplicated; None is COMM_WORLD.
         topology: the node layout of its ranks; None discovers it.
         algorithm: "flat" or "hierarchical"; None is hierarchical where there are several nodes and
-            at least one has several ranks.
+            at least one has several ranks, or several groups of nodes and at least one has several nodes.
 
     Attributes:
         comm: the private duplicate.
@@ -85,19 +85,23 @@ class Group:
         self.node_comm = cast("MPI.Intracomm", comm.Split(node, self.rank))
         self.inter_node_comm = comm.Split(position, self.rank)
         if algorithm is None:
-            deep = 1 < layout.num_nodes < layout.size
+            deep = 1 < layout.num_nodes < layout.size or 1 < layout.num_groups < layout.num_nodes
             algorithm = "hierarchical" if deep else "flat"
         self.algorithm: Algorithm = algorithm
         self.traffic = traffic
-        self._levels = [
-            INTRA_NODE if layout.same_node(self.rank, peer) else INTER_NODE
-            for peer in range(self.size)
-        ]
+        self._levels = [self._level(peer) for peer in range(self.size)]
         self._headers = np.empty((self.size, 2), dtype=np.uint64)
         self._polls = has_spare_cores(self.node_comm)
         self.node: SharedNode | None = None
         if layout.num_nodes < layout.size and (layout.is_single_node or algorithm != "flat"):
             self.node = open_node(comm, self.node_comm, self._progress)
+
+    def _level(self, peer: int) -> str:
+        layout = self.topology
+        if layout.same_node(self.rank, peer):
+            return INTRA_NODE
+        same_group = layout.group_of(self.rank) == layout.group_of(peer)
+        return INTER_NODE if same_group else INTER_GROUP
 
     def split(self, ranks_of_each: Sequence[Sequence[int]]) -> Group:
         """The group of this rank among disjoint groups that cover all ranks. Collective.
@@ -276,7 +280,11 @@ def _agree_on_arguments(
         error = f"topology: expected one of {comm.size} ranks, got one of {topology.size}"
     elif algorithm not in (None, "flat", "hierarchical"):
         error = f"algorithm: expected 'flat', 'hierarchical' or None, got {algorithm!r}"
-    layout = "discovered" if topology is None else f"of ranks on nodes {topology.node_of}"
+    layout = "discovered"
+    if topology is not None:
+        layout = f"of ranks on nodes {topology.node_of}"
+        if topology.num_groups > 1:
+            layout += f" in groups {topology.group_of_node}"
     answers = comm.allgather((error, f"topology {layout}, algorithm {algorithm}"))
     if error is not None:
         raise ValueError(error)

@@ -194,15 +194,51 @@ def _hierarchical_chunk(
 
 
 def _sum_over_nodes(partial: dict[int, Tensor], out: Tensor, group: Group, label: str) -> None:
-    """Send this node's sums to their owners, and sum what other nodes send, in node order."""
+    """Sum what the nodes have summed: over the nodes of each group, then over the groups, in order.
+
+    Args:
+        partial: of each owner that this rank is the delegate for, the sum of this node.
+        out: this rank's sum.
+        group: the ranks.
+        label: under which the bytes are counted.
+    """
     topology, rank = group.topology, group.rank
-    node = topology.node_of[rank]
-    nodes = [n for n in range(topology.num_nodes) if n != node]
-    from_node = {n: torch.empty_like(out) for n in nodes}
+    own_node, own_group = topology.node_of[rank], topology.group_of(rank)
+    collectors = {owner: topology.group_delegate(own_group, owner) for owner in partial}
+    nodes = topology.nodes_of_group[own_group]
+    received = {
+        (owner, node): torch.empty_like(part)
+        for owner, part in partial.items()
+        if collectors[owner] == rank
+        for node in nodes
+        if node != own_node
+    }
     group.exchange(
-        [(owner, part) for owner, part in partial.items() if owner != rank],
-        [(topology.delegate(n, rank), from_node[n]) for n in nodes],
+        [(collectors[owner], part) for owner, part in partial.items() if collectors[owner] != rank],
+        [(topology.delegate(node, owner), part) for (owner, node), part in received.items()],
         label,
     )
-    from_node[node] = partial[rank]
-    sum_in_order([from_node[n] for n in range(topology.num_nodes)], out, 1.0)
+    sums: dict[int, Tensor] = {}
+    for owner, part in partial.items():
+        if collectors[owner] == rank:
+            received[owner, own_node] = part
+            is_total = topology.num_groups == 1
+            sums[owner] = out if is_total else torch.empty_like(part)
+            sum_in_order([received[owner, node] for node in nodes], sums[owner], 1.0)
+    if topology.num_groups > 1:
+        _sum_over_groups(sums, out, group, label)
+
+
+def _sum_over_groups(sums: dict[int, Tensor], out: Tensor, group: Group, label: str) -> None:
+    """Send this group of nodes' sums to their owners, and sum what other groups send, in group order."""
+    topology, rank = group.topology, group.rank
+    own = topology.group_of(rank)
+    others = [number for number in range(topology.num_groups) if number != own]
+    parts = {number: torch.empty_like(out) for number in others}
+    group.exchange(
+        [(owner, part) for owner, part in sums.items() if owner != rank],
+        [(topology.group_delegate(number, rank), part) for number, part in parts.items()],
+        label,
+    )
+    parts[own] = sums[rank]
+    sum_in_order([parts[number] for number in range(topology.num_groups)], out, 1.0)
