@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from zerompi import meta
+from zerompi.collectives.buffer import give_back_heap
 from zerompi.collectives.group import Group
 from zerompi.comm_thread import CommThread
 from zerompi.errors import MismatchError
@@ -107,6 +108,7 @@ def partition(
         for segment in unit.segments:
             segment.adopt()
     without_values = set() if landed is None else meta.initialise(model, made, landed)
+    give_back_heap()  # the parameters as they were
     return Zero(model, optimizer, made, context, without_values)
 
 

@@ -38,7 +38,7 @@ def plot_training(results: Sequence[Trained], title: str, path: Path) -> None:
     speed.axvline(1 / results[0].seconds, color="black", linestyle=":")
     speed.set_xlabel("steps per second")
     memory = figure.add_subplot(1, 2, 2)
-    memory.barh(names, [result.nbytes / 1e6 for result in results][::-1], color="tab:orange")
+    memory.barh(names, [result.peak / 1e6 for result in results][::-1], color="tab:orange")
     memory.set_xlabel("memory of all ranks at the peak of a step, MB")
     _save(figure, title, path)
 

@@ -46,7 +46,7 @@ def table_of_collectives(
 
 def table_of_training(results: Sequence[Trained], before: Mapping[str, float], title: str) -> Table:
     """One row for each system; see `table_of_collectives`."""
-    columns = ["system", "step", "steps/s", "of free", "memory", "reported"]
+    columns = ["system", "step", "steps/s", "of free", "peak", "held", "reported"]
     table = Table(*columns, "loss", *(["before"] if before else []), title=title)
     for result in results:
         row = [
@@ -54,7 +54,8 @@ def table_of_training(results: Sequence[Trained], before: Mapping[str, float], t
             _time(result.seconds),
             f"{1 / result.seconds:.3f}",
             f"{result.ratio:.2f}",
-            f"{result.nbytes / 1e6:,.0f} MB",
+            f"{result.peak / 1e6:,.0f} MB",
+            f"{result.held / 1e6:,.0f} MB",
             "" if result.reported is None else f"{result.reported / 1e6:,.0f} MB",
             "" if result.loss is None else f"{result.loss:.5f}",
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib.util
 import os
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 import zerompi
 from zerompi.bench.gloo import gloo, local_rank
+from zerompi.collectives.buffer import give_back_heap
 from zerompi.train.model import GPT, VOCABULARY, GPTConfig
 
 FREE = "free"
@@ -68,16 +68,18 @@ class Trained:
         system: its name.
         seconds: of a step, the slowest rank's; the median of the repetitions.
         ratio: the median over repetitions of the communication-free step's time by this one's.
-        nbytes: by how much the ranks' memory has grown together at the peak of a step; shared pages
-            count once (PSS).
-        reported: the sum of the categories of zerompi's report at their peaks; None for others.
+        peak: by how much the memory of all ranks has grown at the peak of a step, in bytes; shared
+            pages count once (PSS).
+        held: the same after a step, when what is free has been returned to the system.
+        reported: what zerompi's report says of `held`; None for others.
         loss: the mean over ranks in the last step; None for the communication-free step.
     """
 
     system: str
     seconds: float
     ratio: float
-    nbytes: int
+    peak: int
+    held: int
     reported: int | None
     loss: float | None
 
@@ -137,7 +139,7 @@ def _zerompi(
     optimizer = _adamw(model.parameters())
     with zerompi.partition(model, optimizer, stage=stage, comm=comm, **options) as zero:
         step = _plain_step(model, optimizer)
-        yield Running(step, lambda: sum(zero.report().memory.peak.values()))
+        yield Running(step, lambda: sum(zero.report().memory.now.values()))
 
 
 @contextmanager
@@ -267,6 +269,9 @@ def measure(
     """
     names = [FREE, *(name for name in systems if name != FREE)]
     turns: dict[str, list[_Turn]] = {name: [] for name in names}
+    _plain_step(
+        nn.Embedding(2, 2), _adamw([nn.Parameter(torch.zeros(2))])
+    )  # torch loads what it needs
     with gloo(comm):  # once: DeepSpeed keeps what it has seen of it
         for _ in range(repeats):
             for name in names:
@@ -277,7 +282,8 @@ def measure(
             name,
             median(turn.seconds for turn in taken),
             median(a / turn.seconds for a, turn in zip(free, taken, strict=True)),
-            taken[-1].nbytes,
+            taken[-1].peak,
+            taken[-1].held,
             taken[-1].reported,
             None if name == FREE else taken[-1].loss,
         )
@@ -288,7 +294,8 @@ def measure(
 @dataclass(frozen=True)
 class _Turn:
     seconds: float
-    nbytes: int
+    peak: int
+    held: int
     reported: int | None
     loss: float
 
@@ -304,20 +311,18 @@ def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
         for _ in range(workload.steps):
             loss = running.step(x, y)
         seconds = comm.allreduce(time.perf_counter() - start, MPI.MAX) / workload.steps
-        peak = _peak_while(comm, partial(running.step, x, y))
+        peak = _peak_while(comm, partial(running.step, x, y)) - before
+        held = _resident_nbytes(comm) - before
         reported = None if running.report is None else comm.allreduce(running.report())
         mean = comm.allreduce(float(loss)) / comm.size
     del running, make
     gc.collect()
-    return _Turn(seconds, peak - before, reported, mean)
+    return _Turn(seconds, peak, held, reported, mean)
 
 
 def _resident_nbytes(comm: MPI.Intracomm) -> int:
     """The proportional set sizes of all ranks together: shared pages count once. Collective."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    give_back_heap()
     comm.Barrier()
     return int(comm.allreduce(_own_nbytes()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ _MAX_MMAP_THRESHOLD_NBYTES = 32 << 20
 _MIN_MAPPING_NBYTES = 64 << 10
 
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _lock = threading.Lock()
 _inside = 0  # how many threads allocate such buffers now
 
@@ -47,6 +49,13 @@ def _count(change: int) -> None:
         else:
             _mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD_NBYTES)
             _mallopt(_M_TRIM_THRESHOLD, 2 * _MAX_MMAP_THRESHOLD_NBYTES)
+
+
+def give_back_heap() -> None:
+    """Return to the system what was freed on the heap, which else keeps it (malloc_trim(3))."""
+    gc.collect()
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 class Buffer:
