@@ -201,6 +201,8 @@ class Group:
             label: under which the bytes are counted.
         """
         self._check_open()
+        if not sends and not recvs:
+            return
         in_ring = [
             self._waves(recvs, lambda peer: (self.rank - peer) % self.size),
             self._waves(sends, lambda peer: (peer - self.rank) % self.size),
