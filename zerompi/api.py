@@ -97,9 +97,21 @@ def partition(
     precision = mixed_precision or MixedPrecision()
     shard_group, replica_group = _split(world, shard_ranks, stage)
     thread = CommThread(is_wanted=world.size > 1)
-    node_group = _keepers(shard_group) if node_cache else None
+    on_one_node = int(shard_group.topology.is_single_node)
+    is_single_node = all(world.agree("nodes of the shard groups", on_one_node))
+    # The ranks of a node that keep a copy together; nobody where parameters are never gathered.
+    node_group = None
+    if node_cache and not is_single_node:
+        node_group = shard_group.split(shard_group.topology.ranks_of_node)
     context = Context(
-        STAGES[stage], world, shard_group, replica_group, node_group, precision, thread
+        STAGES[stage],
+        world,
+        shard_group,
+        replica_group,
+        node_group,
+        is_single_node,
+        precision,
+        thread,
     )
     landed = meta.land(model)
     made = [Unit(plan, context) for plan in plans]
@@ -200,12 +212,6 @@ def _split(world: Group, shard_ranks: str | int, stage: int) -> tuple[Group, Gro
     copies = [by_node[start : start + size] for start in range(0, world.size, size)]
     replicas = [list(ranks) for ranks in zip(*copies, strict=True)]
     return world.split(copies), world.split(replicas)
-
-
-def _keepers(shard_group: Group) -> Group | None:
-    """The ranks of this node that keep a copy together; None where the parameters are never gathered."""
-    topology = shard_group.topology
-    return None if topology.is_single_node else shard_group.split(topology.ranks_of_node)
 
 
 def _description(arguments: _Arguments, plans: Sequence[UnitPlan]) -> list[str]:

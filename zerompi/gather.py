@@ -41,12 +41,15 @@ class Gather:
         self._slot: Slot | None = None
         self._slot_number = self._take_slot()
         self._ticket: Ticket | None = None
-        self._is_done = False
         for unit in units:
             unit.gather = self
         if ahead:
-            self._ticket = context.thread.submit(self._run)
             context.ahead.append(self)
+            try:
+                self._ticket = context.thread.submit(self._run)
+            except BaseException:
+                self._release_all()
+                raise
 
     def _take_slot(self) -> int:
         """Take a slot; return its number, from 1, or 0 where none is free."""
@@ -72,7 +75,6 @@ class Gather:
             if self._slot_number == 0 or len(set(numbers)) > 1:
                 self._leave_slot()
             self._fill(segments, self._places(segments))
-        self._is_done = True
 
     def _leave_slot(self) -> None:
         if self._slot is not None and self._slot.user is self:
@@ -120,13 +122,16 @@ class Gather:
         try:
             if self._ticket is not None:
                 self._ticket.wait()
-            elif not self._is_done:
+            else:
                 self._context.thread.run(self._run)
         except BaseException:
-            for each in self.units:
-                self.release(each)
+            self._release_all()
             raise
         self._use(unit)
+
+    def _release_all(self) -> None:
+        for unit in self.units:
+            self.release(unit)
 
     def _use(self, unit: Unit) -> None:
         self._waiting.discard(unit)

@@ -16,7 +16,8 @@ over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -63,7 +64,7 @@ class Hooks:
         self._owner = {id(p): unit for unit in units for s in unit.segments for p in s.parameters}
         # Per unit, for each of its running forwards, whether it saves tensors through us.
         self._running: dict[Unit, list[bool]] = {unit: [] for unit in units}
-        self._saved = {unit: SavedParameters(unit, self._before_use) for unit in units}
+        self._saved = {unit: SavedParameters([unit], self._before_use) for unit in units}
         self._is_scaled = False
         self._handles: list[RemovableHandle] = []
         for unit in units:
@@ -93,6 +94,19 @@ class Hooks:
         self._handles.append(
             unit.module.register_forward_hook(partial(after, unit), always_call=True)
         )
+
+    @contextmanager
+    def saved_parameters(self, units: Sequence[Unit]) -> Iterator[None]:
+        """Parameters of `units` that autograd saves meanwhile are gathered again when it needs them."""
+        if not self._sharded:
+            yield
+            return
+        saved = SavedParameters(units, self._before_use)
+        saved.push()
+        try:
+            yield
+        finally:
+            saved.pop()
 
     def _watch_modules(self) -> None:
         """Notice modules that are called while their parameters are not here."""
@@ -178,7 +192,10 @@ class Hooks:
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not in_backward():
-            self.gathers.begin(with_grad=torch.is_grad_enabled())
+            if any(unit.is_hidden for unit in self.units):
+                self.gathers.begin(with_grad=torch.is_grad_enabled())
+            else:  # inside gathered(), where a rank may do what it likes
+                self.context.settle()
         if torch.is_grad_enabled() and not in_backward():
             self._check_phase()
             if self.model.training:
@@ -263,8 +280,11 @@ class Hooks:
     def _before_backward(self, unit: Unit, gradient: Tensor) -> None:
         self._queue_end()
         self.gathers.unshard(unit)
+        self._keep(unit)
+
+    def _keep(self, unit: Unit) -> None:
+        """With create_graph=True the graph of this backward pass will read the parameters again."""
         if torch.is_grad_enabled() and unit not in self._kept:
-            # create_graph=True: the graph of this backward pass will read the parameters again.
             unit.holds += 1
             self._kept.append(unit)
 
@@ -273,6 +293,8 @@ class Hooks:
         if in_backward():
             self._queue_end()
         self.gathers.unshard(unit)
+        if in_backward():
+            self._keep(unit)
 
     def _after_backward(self, unit: Unit, gradient: Tensor) -> None:
         unit.reshard()

@@ -158,6 +158,9 @@ class PieceOptimizer:
 
         Those that are trained; with `everything` the frozen ones, too.
         """
+        self.context.settle()
+        for unit in self.units:
+            unit.reshard()  # what a failed backward pass has left is going to be out of date
         with self.context.times.phase("refresh"):
             for unit in self.units:
                 segments = unit.segments if everything else unit.trainable

@@ -55,10 +55,10 @@ def _segments(units: Sequence[Unit]) -> Iterator[Segment]:
 
 
 def _has_node_copies(context: Context) -> bool:
-    stage, topology = context.stage, context.shard_group.topology
+    stage = context.stage
     if stage.optimizer_state is Placement.REPLICATE:
         return False  # every rank steps, and writes, all of it
-    return stage.parameter is Placement.REPLICATE or topology.is_single_node
+    return stage.parameter is Placement.REPLICATE or context.is_single_node
 
 
 def _node_copies(

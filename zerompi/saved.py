@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ _autograd = torch._C._autograd
 class _Place(NamedTuple):
     """Where in a unit's full parameters a saved tensor lies."""
 
+    unit: Unit
     segment: Segment
     offset: int  # elements
     size: tuple[int, ...]
@@ -24,7 +25,7 @@ class _Place(NamedTuple):
 
 
 class SavedParameters:
-    """Saved-tensor hooks around the forward of a unit (see `torch.autograd.graph`).
+    """Saved-tensor hooks around the forward of units (see `torch.autograd.graph`).
 
     The full parameters are gathered again for backward, and need not lie where they lay in forward.
     So of a saved view only its place among them is kept; when it is unpacked, it is asked for them
@@ -33,12 +34,12 @@ class SavedParameters:
     nesting, are left to the hooks that were there before (activation checkpointing, offloading).
 
     Args:
-        unit: whose parameters are looked for.
+        units: whose parameters are looked for.
         need: called before a saved parameter is used.
     """
 
-    def __init__(self, unit: Unit, need: Callable[[Unit], None]) -> None:
-        self._unit = unit
+    def __init__(self, units: Sequence[Unit], need: Callable[[Unit], None]) -> None:
+        self._units = units
         self._need = need
 
     def push(self) -> None:
@@ -47,20 +48,20 @@ class SavedParameters:
         pack_outer, unpack_outer = outer or (_same, _same)
 
         def pack(tensor: Tensor) -> Any:
-            segment = self._segment_of(tensor)
-            if segment is None:
+            unit, segment = self._owner_of(tensor)
+            if unit is None or segment is None:
                 return pack_outer(tensor)
             if tensor.dtype is not segment.dtype or tensor.is_conj() or tensor.is_neg():
                 return pack_outer(tensor.clone())  # more than a place
             assert segment.full is not None
-            offset = int(tensor.storage_offset()) - int(segment.full.storage_offset())
-            return _Place(segment, offset, tuple(tensor.size()), tensor.stride())
+            offset = (tensor.data_ptr() - segment.full.data_ptr()) // tensor.itemsize
+            return _Place(unit, segment, offset, tuple(tensor.size()), tensor.stride())
 
         def unpack(packed: Any) -> Tensor:
             if not isinstance(packed, _Place):
                 original: Tensor = unpack_outer(packed)
                 return original
-            self._need(self._unit)
+            self._need(packed.unit)
             full = packed.segment.full
             assert full is not None
             offset = int(full.storage_offset()) + packed.offset
@@ -68,13 +69,14 @@ class SavedParameters:
 
         _autograd._push_saved_tensors_default_hooks(pack, unpack)
 
-    def _segment_of(self, tensor: Tensor) -> Segment | None:
-        """The segment in whose full parameters the tensor lies."""
+    def _owner_of(self, tensor: Tensor) -> tuple[Unit, Segment] | tuple[None, None]:
+        """The unit and the segment in whose full parameters the tensor lies."""
         if tensor.layout is torch.strided:
-            for segment in self._unit.segments:
-                if segment.covers(tensor):
-                    return segment
-        return None
+            for unit in self._units:
+                for segment in unit.segments:
+                    if segment.covers(tensor):
+                        return unit, segment
+        return None, None
 
     def pop(self) -> None:
         """End of what the last `push` began."""

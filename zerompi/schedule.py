@@ -93,18 +93,19 @@ class Gathers:
 
     def unshard(self, unit: Unit) -> None:
         """Make the full parameters of `unit` visible; start to gather those that come next."""
-        if unit.state is not UnitState.SHARDED:
+        if unit.state is not UnitState.SHARDED or not unit.segments:
             unit.unshard()
             return
         position = len(self._seen)
-        if self._expected.units[position : position + 1] != [unit]:
+        is_known = self._expected is not _UNKNOWN
+        if is_known and self._expected.units[position : position + 1] != [unit]:
             self._context.settle()
             self._expected = _UNKNOWN
         number = self._expected.starts.get(position)
-        if number is not None:
-            self._start(number)
-            self._start(number + 1)
         try:
+            if number is not None:
+                self._start(number)
+                self._start(number + 1)
             unit.unshard()
         except BaseException:
             self._expected = _UNKNOWN
@@ -116,9 +117,12 @@ class Gathers:
 
         Not with `expect_next` False: the forward has failed.
         """
+        before = unit.state
         unit.reshard()
         if not expect_next:
             self._expected = _UNKNOWN
+        if unit.state is before or not unit.segments:
+            return  # somebody holds it
         number = self._expected.starts.get(len(self._seen))
         if number is not None:
             self._start(number)

@@ -37,7 +37,7 @@ class Context:
     `world` is every rank of the partition. The ranks of `shard_group` hold one copy of the sharded
     state together; `replica_group` joins the ranks that hold the same shard (None: there is one
     copy). The ranks of `node_group` keep what was gathered together, until the parameters change
-    (None: nobody keeps it).
+    (None: nobody keeps it). `is_single_node` tells whether every shard group is on one node.
 
     Attributes:
         windows: shared memory of the partition, to be freed with it.
@@ -52,6 +52,7 @@ class Context:
     shard_group: Group
     replica_group: Group | None
     node_group: Group | None
+    is_single_node: bool
     precision: MixedPrecision
     thread: CommThread
     windows: list[Window] = field(default_factory=list)
@@ -374,7 +375,7 @@ class Segment:
         """Whether `refresh` moves what other ranks have stepped."""
         if self.is_main_replicated or not self.is_resident:
             return False
-        return not (self.is_node_copy and self.context.shard_group.topology.is_single_node)
+        return not (self.is_node_copy and self.context.is_single_node)
 
     def refresh(self) -> None:
         """Bring the parameters up to date with the main weights.

@@ -111,7 +111,7 @@ class Unit:
     @property
     def is_hidden(self) -> bool:
         """Whether the parameters read as NaN now."""
-        return self.state is UnitState.SHARDED and not self._lent
+        return bool(self.segments) and self.state is UnitState.SHARDED and not self._lent
 
     @property
     def has_gradients(self) -> bool:

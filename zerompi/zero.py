@@ -198,6 +198,8 @@ class Zero:
                     stack.enter_context(unit.main_weights())
                 else:
                     stack.enter_context(_held(unit))
+            if not writable and torch.is_grad_enabled():
+                stack.enter_context(self._hooks.saved_parameters(units))
             yield
         if writable:
             self._uninitialised -= {entry.name for entry in states.entries(units)}
@@ -325,6 +327,7 @@ class Zero:
                 if optimizer is not None and reader.state:
                     states.read_optimizer(reader, optimizer, self._units)
             saved = dict(reader.state)
+        self._hooks.release_kept()
         self._optimizer.refresh(everything=True)
         rng = saved.get("rng") or []
         with agreement(comm):
@@ -434,6 +437,8 @@ class Zero:
         for unit in self._units:
             for segment in unit.segments:
                 segment.leave_shared_memory()
+            unit.slot = unit.gather = None
+        self._context.slots.clear()
         for window in self._context.windows:
             window.close()
 

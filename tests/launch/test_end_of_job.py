@@ -75,9 +75,9 @@ def test_a_traceback_is_seen_behind_the_hook_of_torch_distributed(run_mpi, tmp_p
         "dist.init_process_group('gloo', store=store, rank=comm.rank, world_size=comm.size)\n"
         "raise ValueError('a bug')"
     )
-    job = run_mpi(2, ["-c", program], timeout=60)
+    job = run_mpi(3, ["-c", program], timeout=60)
     assert job.returncode != 0
-    assert re.search(MARK + ".*ValueError: a bug", job.output)
+    assert re.search(MARK + "ValueError: a bug", job.output)
 
 
 def test_rank_that_leaves_the_training_early_is_named(run_mpi):

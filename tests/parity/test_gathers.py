@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from mpi4py import MPI
@@ -11,6 +13,7 @@ import zerompi
 from models import CASES, GPT, Block, assert_same_weights, build, own_slice
 from test_stages import assert_trains_alike
 from zerompi import place, schedule
+from zerompi.collectives import shared
 
 LAYOUTS = [[2, 2], [3, 1], [1, 1, 1, 1], [2, 1], [1, 1], [1]]
 FITTING = [sizes for sizes in LAYOUTS if sum(sizes) == MPI.COMM_WORLD.size]
@@ -293,3 +296,88 @@ def test_a_node_cache_without_gathers_is_refused(comm, stage):
     model, optimizer = build(CASES["gpt"])
     with pytest.raises(ValueError, match=f"node_cache: expected False at stage {stage}"):
         zerompi.partition(model, optimizer, stage=stage, comm=comm, node_cache=True)
+
+
+def test_a_forward_of_one_rank_inside_gathered_changes_no_order(comm, topology, memory):
+    model, optimizer = build(CASES["gpt"])
+    x, _ = own_slice(CASES["gpt"].batch(0), comm.rank, comm.size)
+    with zerompi.partition(model, optimizer, comm=comm, topology=topology) as zero:
+        for _ in range(3):
+            gpt_step(comm, model, optimizer, passes=2)
+            with zero.gathered():
+                if comm.rank == 0:
+                    model(x)
+
+
+def test_inference_mode_leaves_training_alone(comm, topology, memory):
+    model, optimizer = build(CASES["gpt"])
+    x, _ = own_slice(CASES["gpt"].batch(0), comm.rank, comm.size)
+    with zerompi.partition(model, optimizer, comm=comm, topology=topology):
+        for _ in range(3):
+            gpt_step(comm, model, optimizer)
+            with torch.inference_mode():
+                model(x)
+
+
+@pytest.mark.parametrize("node_cache", [False, True])
+def test_a_penalty_on_gathered_parameters_has_the_right_gradient(
+    comm, topology, memory, node_cache
+):
+    """Views that autograd saves inside gathered() are read after it, when the slots are others'."""
+
+    def step(model, optimizer, part, gather):
+        with gather():
+            penalty = sum((b.down.weight @ b.down.weight.T).square().sum() for b in model.blocks)
+        x, y = part
+        (CASES["gpt"].loss(model(x), y) + 0.1 * penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    expected, optimizer = build(CASES["gpt"], "sgd")
+    for _ in range(3):
+        step(expected, optimizer, CASES["gpt"].batch(0), nullcontext)
+    model, optimizer = build(CASES["gpt"], "sgd")
+    with zerompi.partition(
+        model, optimizer, comm=comm, topology=topology, node_cache=node_cache
+    ) as zero:
+        for _ in range(3):
+            step(
+                model,
+                optimizer,
+                own_slice(CASES["gpt"].batch(0), comm.rank, comm.size),
+                zero.gathered,
+            )
+        state = zero.full_state_dict()
+    assert_same_weights(state, expected)
+
+
+@pytest.mark.parametrize("node_cache", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_copies_of_which_some_lie_on_one_node(comm, memory, stage, node_cache):
+    if comm.size != 4 or (node_cache and stage < 3):
+        pytest.skip("needs 4 ranks")
+    topology = zerompi.Topology(comm, ranks_per_node=[3, 1])
+    options = {"shard_ranks": 2, "topology": topology, "node_cache": node_cache}
+    assert_trains_alike(comm, "gpt", stage, steps=4, **options)
+
+
+def test_closing_frees_the_shared_memory(comm, monkeypatch):
+    windows, freed = [], []
+
+    class Watched(shared.Window):
+        def __init__(self, comm, part_nbytes):
+            super().__init__(comm, part_nbytes)
+            windows.append(self)
+
+        def close(self):
+            super().close()
+            freed.append(self._win == MPI.WIN_NULL)
+
+    monkeypatch.setattr(place, "Window", Watched)
+    monkeypatch.setattr(shared, "Window", Watched)
+    topology = zerompi.Topology(comm, ranks_per_node=2)
+    model, optimizer = build(CASES["gpt"])
+    with zerompi.partition(model, optimizer, comm=comm, topology=topology):
+        gpt_step(comm, model, optimizer)
+    assert len(freed) == len(windows)
+    assert all(freed)

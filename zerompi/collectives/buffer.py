@@ -76,7 +76,7 @@ class Buffer:
 
 def allocate(numel: int, dtype: torch.dtype) -> Tensor:
     """A 1-D tensor, contents undefined, whose memory goes back to the system with it."""
-    with _own_mapping():
+    with _own_mapping(), torch.inference_mode(False):
         return torch.empty(numel, dtype=dtype)
 
 

@@ -68,7 +68,7 @@ class Group:
         except BaseException:
             own.Free()
             raise
-        self._set(own, topology, algorithm, Traffic())
+        self._set(own, topology, algorithm, Traffic(), polls=None)
 
     def _set(
         self,
@@ -76,6 +76,8 @@ class Group:
         topology: Topology | None,
         algorithm: Algorithm | None,
         traffic: Traffic,
+        *,
+        polls: bool | None,
     ) -> None:
         self.comm = comm
         self.rank, self.size = comm.rank, comm.size
@@ -91,7 +93,8 @@ class Group:
         self.traffic = traffic
         self._levels = [self._level(peer) for peer in range(self.size)]
         self._headers = np.empty((self.size, 2), dtype=np.uint64)
-        self._polls = has_spare_cores(self.node_comm)
+        # All ranks of a node wait at once: a group made by split has the answer of the whole.
+        self._polls = has_spare_cores(self.node_comm) if polls is None else polls
         self.node: SharedNode | None = None
         if layout.num_nodes < layout.size and (layout.is_single_node or algorithm != "flat"):
             self.node = open_node(comm, self.node_comm, self._progress)
@@ -122,7 +125,7 @@ class Group:
         ranks = ranks_of_each[color]
         comm = cast("MPI.Intracomm", self.comm.Split(color, ranks.index(self.rank)))
         group = Group.__new__(Group)
-        group._set(comm, self.topology.restrict(ranks), None, self.traffic)
+        group._set(comm, self.topology.restrict(ranks), None, self.traffic, polls=self._polls)
         return group
 
     # -- memory --------------------------------------------------------------------------------

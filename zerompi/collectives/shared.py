@@ -55,7 +55,8 @@ class Window:
         memory = (ctypes.c_char * self.nbytes).from_address(self.address)
         # A storage keeps `memory` alive, so this tells when the last tensor in the window is gone.
         self._memory = weakref.ref(memory)
-        self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        with torch.inference_mode(False):
+            self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
 
     def parts(self, offset: int, numel: int, dtype: torch.dtype) -> list[Tensor]:
         """In each rank's part the `numel` elements that start `offset` bytes after its beginning."""
