@@ -322,6 +322,7 @@ def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
 
 def _resident_nbytes(comm: MPI.Intracomm) -> int:
     """The proportional set sizes of all ranks together: shared pages count once. Collective."""
+    gc.collect()
     give_back_heap()
     comm.Barrier()
     return int(comm.allreduce(_own_nbytes()))

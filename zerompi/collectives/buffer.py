@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -53,7 +52,6 @@ def _count(change: int) -> None:
 
 def give_back_heap() -> None:
     """Return to the system what was freed on the heap, which else keeps it (malloc_trim(3))."""
-    gc.collect()
     if _malloc_trim is not None:
         _malloc_trim(0)
 
