@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zerompi.collectives.shared import PAGE_NBYTES, SharedNode, Window, has_room
 from zerompi.placement import Placement
-from zerompi.regions import ALIGNMENT, Region, Slot
+from zerompi.regions import Region, Slot, aligned
 from zerompi.segment import Context, Segment
 from zerompi.unit import Unit
 
@@ -98,16 +98,12 @@ def _slot_sizes(units: Sequence[Unit], context: Context, *, is_kept: bool) -> li
     for depth in range(1 + max(unit.depth for unit in units)):
         nbytes = [unit.slot_nbytes for unit in units if unit.depth == depth]
         together = min(_GATHER_NBYTES, int(_GATHER_PART * sum(nbytes)))
-        sizes.append([_aligned(max(*nbytes, together))] * min(_TURNS, len(nbytes)))
+        sizes.append([aligned(max(*nbytes, together))] * min(_TURNS, len(nbytes)))
     return sizes
 
 
 def _pages(nbytes: int) -> int:
     return -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _make_slots(node: SharedNode | None, units: Sequence[Unit], context: Context) -> None:
@@ -142,7 +138,7 @@ def _bucket_nbytes(unit: Unit) -> int:
 
 
 def _aligned_bucket_nbytes(segment: Segment) -> int:
-    return _aligned(segment.layout.padded_numel * segment.reduce_dtype.itemsize)
+    return aligned(segment.layout.padded_numel * segment.reduce_dtype.itemsize)
 
 
 def _region_sizes(units: Sequence[Unit], context: Context) -> list[int]:

@@ -11,7 +11,12 @@ from zerompi.collectives.buffer import Buffer, allocate
 from zerompi.collectives.fence import Fence
 from zerompi.collectives.shared import Window
 
-ALIGNMENT = 64  # of what lies in a slot, in bytes
+_ALIGNMENT = 64  # of what lies in a slot or a region, in bytes
+
+
+def aligned(nbytes: int) -> int:
+    """The next number of bytes at which something else may begin."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class Settling(Protocol):
@@ -61,7 +66,7 @@ class Slot:
             stop = offset + numel * dtype.itemsize
             # .data: autograd need not know that other parts of the memory change.
             tensors.append(self._memory[offset:stop].view(dtype).data)
-            offset = -(-stop // ALIGNMENT) * ALIGNMENT
+            offset = aligned(stop)
         return tensors
 
 

@@ -76,20 +76,10 @@ class Topology:
         return topology
 
     def _set_groups(self, labels: Sequence[int]) -> None:
-        numbers: dict[int, int] = {}
-        self.group_of_node = tuple(numbers.setdefault(label, len(numbers)) for label in labels)
-        nodes: list[list[int]] = [[] for _ in numbers]
-        for node, group in enumerate(self.group_of_node):
-            nodes[group].append(node)
-        self.nodes_of_group = tuple(tuple(part) for part in nodes)
+        self.group_of_node, self.nodes_of_group = _numbered(labels)
 
     def _set_nodes(self, labels: Sequence[int]) -> None:
-        numbers: dict[int, int] = {}
-        self.node_of = tuple(numbers.setdefault(label, len(numbers)) for label in labels)
-        ranks: list[list[int]] = [[] for _ in numbers]
-        for rank, node in enumerate(self.node_of):
-            ranks[node].append(rank)
-        self.ranks_of_node = tuple(tuple(part) for part in ranks)
+        self.node_of, self.ranks_of_node = _numbered(labels)
         self.local_rank_of = tuple(
             self.ranks_of_node[node].index(rank) for rank, node in enumerate(self.node_of)
         )
@@ -173,6 +163,16 @@ class Topology:
         ranks = "1 rank" if self.size == 1 else f"{self.size} ranks"
         groups = "" if self.num_groups == 1 else f" in {self.num_groups} groups"
         return f"Topology({ranks} on {nodes}{groups}: {sizes})"
+
+
+def _numbered(labels: Sequence[int]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Labels as numbers in the order in which they come first; and the positions of each number."""
+    numbers: dict[int, int] = {}
+    number_of = tuple(numbers.setdefault(label, len(numbers)) for label in labels)
+    positions: list[list[int]] = [[] for _ in numbers]
+    for position, number in enumerate(number_of):
+        positions[number].append(position)
+    return number_of, tuple(map(tuple, positions))
 
 
 def _from_sizes(name: str, what: str, size: int, per_part: int | Sequence[int]) -> list[int]:

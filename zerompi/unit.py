@@ -14,7 +14,7 @@ from zerompi.comm_thread import Ticket
 from zerompi.errors import ZerompiError
 from zerompi.gather import Gather
 from zerompi.placement import Placement
-from zerompi.regions import ALIGNMENT, Slot
+from zerompi.regions import Slot, aligned
 from zerompi.segment import Context, Segment
 from zerompi.units import UnitPlan
 
@@ -106,7 +106,7 @@ class Unit:
     @property
     def slot_nbytes(self) -> int:
         """Bytes that the full parameters take in a slot."""
-        return sum(-(-s.full_nbytes // ALIGNMENT) * ALIGNMENT for s in self.segments)
+        return sum(aligned(segment.full_nbytes) for segment in self.segments)
 
     @property
     def is_hidden(self) -> bool:

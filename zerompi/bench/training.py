@@ -269,9 +269,7 @@ def measure(
     """
     names = [FREE, *(name for name in systems if name != FREE)]
     turns: dict[str, list[_Turn]] = {name: [] for name in names}
-    _plain_step(
-        nn.Embedding(2, 2), _adamw([nn.Parameter(torch.zeros(2))])
-    )  # torch loads what it needs
+    _adamw([nn.Parameter(torch.zeros(2))])  # torch loads what it needs
     with gloo(comm):  # once: DeepSpeed keeps what it has seen of it
         for _ in range(repeats):
             for name in names:
