@@ -64,6 +64,8 @@ class Hooks:
         self._owner = {id(p): unit for unit in units for s in unit.segments for p in s.parameters}
         # Per unit, for each of its running forwards, whether it saves tensors through us.
         self._running: dict[Unit, list[bool]] = {unit: [] for unit in units}
+        # Per unit, how many of its forwards have not had their backward in the next backward pass.
+        self._open = dict.fromkeys(units, 0)
         self._saved = {unit: SavedParameters([unit], self._before_use) for unit in units}
         self._is_scaled = False
         self._handles: list[RemovableHandle] = []
@@ -161,14 +163,35 @@ class Hooks:
         self._saved[unit].push()
         self._running[unit][-1] = True
 
+        inputs: list[Tensor] = []
+
         def mark(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return tensor
-            alias = tensor.view_as(tensor)
-            alias.register_hook(partial(self._after_backward, unit))
-            return alias
+            inputs.append(tensor.view_as(tensor))
+            return inputs[-1]
 
-        return map_arguments(mark, args, kwargs)
+        args, kwargs = map_arguments(mark, args, kwargs)
+        self._await_backward(unit, inputs)
+        return args, kwargs
+
+    def _await_backward(self, unit: Unit, inputs: Sequence[Tensor]) -> None:
+        """Notice when the gradients of a forward's inputs have come: its backward is over then."""
+        is_recomputed = in_backward() and self._open[unit] > 0  # the graph that counts has hooks
+        if inputs and not is_recomputed:
+            self._open[unit] += 1
+        missing = len(inputs)
+
+        def on_gradient(gradient: Tensor) -> None:
+            nonlocal missing
+            missing -= 1
+            unit.reshard()
+            if missing == 0 and not is_recomputed:
+                self._open[unit] -= 1
+                self._after_backward(unit)
+
+        for tensor in inputs:
+            tensor.register_hook(on_gradient)
 
     def _after_forward(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any
@@ -268,6 +291,7 @@ class Hooks:
         self._is_scaled = False
         self.reductions.reset()
         for unit in self.units:
+            self._open[unit] = 0
             unit.discard_gradients()
 
     # -- backward ------------------------------------------------------------------------------
@@ -296,8 +320,14 @@ class Hooks:
         if in_backward():
             self._keep(unit)
 
-    def _after_backward(self, unit: Unit, gradient: Tensor) -> None:
-        unit.reshard()
+    def _after_backward(self, unit: Unit) -> None:
+        """A backward of the unit is over; if it was the last, no gradient is to be expected any more.
+
+        Not even of parameters that this rank has not used, as another one may have. Where units are
+        gathered, the others reduce this one before they gather the next.
+        """
+        if self._open[unit] <= 0 and unit.trainable and self.accumulation.communicates:
+            self.reductions.ready(unit, self.gradient_scale)
 
     def _on_gradient(
         self, unit: Unit, segment: Segment, index: int, parameter: nn.Parameter
@@ -332,6 +362,7 @@ class Hooks:
         if self.accumulation.expected is not None:
             self.accumulation.seen += int(collected)
         for unit in self.units:
+            self._open[unit] = 0
             for segment in unit.trainable:
                 segment.collected = 0
         self.measure_gradients()

@@ -199,7 +199,7 @@ def test_meta_model_never_holds_more_than_a_unit(comm):
     with zerompi.partition(model, stage=3, comm=comm) as zero:
         memory = zero.report().memory
         assert memory.now["parameters"] == pytest.approx(16 * unit_nbytes / comm.size, rel=1e-3)
-        padding = 64 * comm.size            # each rank's part of a unit begins on a cache line
+        padding = 64 * comm.size  # each rank's part of a unit begins on a cache line
         assert memory.peak["buffers"] <= 2 * (unit_nbytes + padding)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import deepcopy
 
 import pytest
 import torch
 from mpi4py import MPI
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import zerompi
 from models import CASES, GPT, Block, assert_same_weights, build, own_slice
@@ -381,3 +383,57 @@ def test_closing_frees_the_shared_memory(comm, monkeypatch):
         gpt_step(comm, model, optimizer)
     assert len(freed) == len(windows)
     assert all(freed)
+
+
+class Experts(nn.Module):
+    """A block of which each caller uses a part only."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x, choice):
+        """With choice 0 mod 4 all experts are used, else one."""
+        chosen = self.experts if choice % 4 == 0 else [self.experts[choice % 4 - 1]]
+        return x + sum(expert(self.norm(x)).tanh() for expert in chosen)
+
+
+class MixtureOfExperts(nn.Module):
+    def __init__(self, recompute):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.blocks = nn.ModuleList(Experts() for _ in range(5))
+        self.recompute = recompute
+
+    def forward(self, x, choice):
+        x = self.first(x)
+        for number, block in enumerate([*self.blocks, self.blocks[1]]):
+            if self.recompute is None:
+                x = block(x, choice + number)
+            else:
+                x = checkpoint(block, x, choice + number, use_reentrant=self.recompute)
+        return x
+
+
+@pytest.mark.parametrize("recompute", [None, False, True])
+def test_ranks_may_use_different_parameters_of_a_unit(comm, topology, recompute):
+    torch.manual_seed(2)
+    expected = MixtureOfExperts(recompute)
+    model = deepcopy(expected)
+    expected_optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with zerompi.partition(
+        model, optimizer, comm=comm, topology=topology, units=lambda m: isinstance(m, Experts)
+    ) as zero:
+        for step in range(4):
+            choices = [rank + step // 2 for rank in range(comm.size)]
+            x = torch.randn(comm.size, 4, 6, generator=torch.Generator().manual_seed(step))
+            model(x[comm.rank], choices[comm.rank]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses = [expected(x[r], choices[r]).square().mean() for r in range(comm.size)]
+            torch.stack(losses).mean().backward()
+            expected_optimizer.step()
+            expected_optimizer.zero_grad()
+        assert_same_weights(zero.full_state_dict(), expected)
