@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -19,6 +20,10 @@ hypothesis.settings.register_profile(
     "ranks", derandomize=MPI.COMM_WORLD.size > 1, database=None, deadline=None
 )
 hypothesis.settings.load_profile("ranks")
+
+
+# Models of tests are so small that all their blocks would go the flat way.
+os.environ.setdefault("ZEROMPI_ALGORITHM", "hierarchical")
 
 
 @pytest.hookimpl(trylast=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,8 @@ from zerompi.arrays import host_bytes
 from zerompi.bench.gloo import gloo
 from zerompi.collectives import Group, all_gather, all_reduce, reduce_scatter
 from zerompi.collectives.all_gather import gather_node_copies
+from zerompi.collectives.choice import COLLECTIVES as CHOSEN
+from zerompi.collectives.choice import Row
 from zerompi.collectives.reduce_scatter import reduce_blocks
 from zerompi.collectives.shared import Window, has_room
 from zerompi.topology import Topology
@@ -36,9 +38,11 @@ class Result:
 
     Attributes:
         collective: its name.
-        way: "shared" (what lies in the node's shared memory), "staged" (arrays that lie anywhere),
-            "messages" (every rank as if it were a node), "MPI" (the library's own), "gloo" (of
-            torch.distributed), "copy" (each rank copies the same number of bytes in its own memory).
+        way: "shared" (what lies in the node's shared memory), "staged" (arrays that lie anywhere, through the
+            node's shared memory), "messages" (every rank as if it were a node), "MPI" (the library's own),
+            "gloo" (of torch.distributed), "copy" (each rank copies the same number of bytes in its own
+            memory). On several nodes of several ranks also "flat", and "hierarchical" in place of "staged"
+            where no memory is shared.
         nbytes: of the whole buffer on each rank.
         dtype: of its elements.
         seconds: of one call, the slowest rank's; the median of the repetitions.
@@ -59,19 +63,25 @@ class Result:
 
 
 def measure(
-    comm: MPI.Intracomm, collective: str, nbytes: int, dtype: torch.dtype, repeats: int
+    comm: MPI.Intracomm,
+    collective: str,
+    nbytes: int,
+    dtype: torch.dtype,
+    repeats: int,
+    topology: Topology | None = None,
 ) -> list[Result]:
     """Time all ways of one collective, by turns. Collective over `comm`.
 
     Args:
         comm: the ranks.
+        topology: their layout; None discovers it.
         collective: one of COLLECTIVES.
         nbytes: of the whole buffer, rounded up to equal blocks.
         dtype: of its elements.
         repeats: how often each way takes its turn.
     """
     block = max(1, -(-nbytes // (dtype.itemsize * comm.size)))
-    with _ways(comm, collective, block, dtype) as ways:
+    with _ways(comm, collective, block, dtype, topology) as ways:
         counts = {way: _warm_up(comm, call) for way, call in ways.items()}
         times: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(repeats):
@@ -108,17 +118,17 @@ def _warm_up(comm: MPI.Intracomm, call: Call) -> int:
 
 @contextmanager
 def _ways(
-    comm: MPI.Intracomm, collective: str, block: int, dtype: torch.dtype
+    comm: MPI.Intracomm, collective: str, block: int, dtype: torch.dtype, topology: Topology | None
 ) -> Iterator[dict[str, Call]]:
-    group = Group(comm)
-    by_messages = Group(comm, Topology(comm, ranks_per_node=1))
+    groups = _groups(comm, Topology(comm) if topology is None else topology)
+    group = next(iter(groups.values()))
     send = torch.ones(block * comm.size, dtype=dtype)
     recv = torch.empty(block * comm.size, dtype=dtype)
     made = {
         "reduce_scatter": _reduce_scatter,
         "all_gather": _all_gather,
         "all_reduce": _all_reduce,
-    }[collective](send, recv, group, by_messages)
+    }[collective](send, recv, groups)
     windows: list[Window] = []
     shared = _shared_way(collective, block, dtype, group, windows)
     if shared is not None:
@@ -135,8 +145,8 @@ def _ways(
     del shared, made
     for window in windows:
         window.close()
-    by_messages.close()
-    group.close()
+    for made_group in groups.values():
+        made_group.close()
 
 
 def _of_gloo(collective: str, send: Tensor, recv: Tensor, comm: MPI.Intracomm) -> Call:
@@ -186,17 +196,52 @@ def _mpi_type(dtype: torch.dtype) -> MPI.Datatype | None:
     return {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE}.get(dtype)
 
 
-def _ours(call: Callable[[Group], None], group: Group, by_messages: Group) -> dict[str, Call]:
-    """The ways of zerompi for arrays that lie anywhere."""
-    staged = {} if group.node is None else {"staged": partial(call, group)}
-    return {**staged, "messages": partial(call, by_messages)}
+def _groups(comm: MPI.Intracomm, topology: Topology) -> dict[str, Group]:
+    """The ranks as a group for each way of zerompi for arrays that lie anywhere; its own way first."""
+    groups = {}
+    group = Group(comm, topology)
+    if group.algorithm == "hierarchical":  # without its choice by size
+        group.close()
+        group = Group(comm, topology, algorithm="hierarchical")
+        groups["hierarchical" if group.node is None else "staged"] = group
+        groups["flat"] = Group(comm, topology, algorithm="flat")
+    elif group.node is not None:
+        groups["staged"] = group
+    else:
+        group.close()
+    groups["messages"] = Group(comm, Topology(comm, ranks_per_node=1))
+    return groups
 
 
-def _reduce_scatter(
-    send: Tensor, recv: Tensor, group: Group, by_messages: Group
-) -> dict[str, Call]:
+def _ours(call: Callable[[Group], None], groups: Mapping[str, Group]) -> dict[str, Call]:
+    return {way: partial(call, group) for way, group in groups.items()}
+
+
+def choice_rows(comm: MPI.Intracomm, results: Sequence[Result]) -> list[Row]:
+    """Up to which block size flat was the faster way, from results of `measure` on the discovered layout."""
+    topology = Topology(comm)
+    rows = []
+    for collective in CHOSEN:
+        seconds: dict[int, dict[str, float]] = {}
+        for result in results:
+            if result.collective == collective:
+                seconds.setdefault(result.nbytes, {})[result.way] = result.seconds
+        limit, other = 0, ""
+        for nbytes, by_way in sorted(seconds.items()):
+            other = "staged" if "staged" in by_way else "hierarchical"
+            if "flat" not in by_way or by_way["flat"] >= by_way[other]:
+                break
+            limit = nbytes // topology.size
+        if any("flat" in by_way for by_way in seconds.values()):
+            ranks = max(map(len, topology.ranks_of_node))
+            rows.append(Row(topology.num_nodes, ranks, other == "staged", collective, limit))
+    return rows
+
+
+def _reduce_scatter(send: Tensor, recv: Tensor, groups: Mapping[str, Group]) -> dict[str, Call]:
+    group = groups["messages"]
     own = recv[: recv.numel() // group.size]
-    ways = _ours(lambda ranks: reduce_scatter(send, own, ranks), group, by_messages)
+    ways = _ours(lambda ranks: reduce_scatter(send, own, ranks), groups)
     kind = _mpi_type(send.dtype)
     if kind is not None:
         ways["MPI"] = lambda: group.comm.Reduce_scatter_block(
@@ -205,17 +250,19 @@ def _reduce_scatter(
     return ways
 
 
-def _all_gather(send: Tensor, recv: Tensor, group: Group, by_messages: Group) -> dict[str, Call]:
+def _all_gather(send: Tensor, recv: Tensor, groups: Mapping[str, Group]) -> dict[str, Call]:
+    group = groups["messages"]
     own = send[: send.numel() // group.size]
-    ways = _ours(lambda ranks: all_gather(own, recv, ranks), group, by_messages)
+    ways = _ours(lambda ranks: all_gather(own, recv, ranks), groups)
     ways["MPI"] = lambda: group.comm.Allgather(
         [host_bytes(own), MPI.BYTE], [host_bytes(recv), own.nbytes, MPI.BYTE]
     )
     return ways
 
 
-def _all_reduce(send: Tensor, recv: Tensor, group: Group, by_messages: Group) -> dict[str, Call]:
-    ways = _ours(lambda ranks: all_reduce(send, recv, ranks), group, by_messages)
+def _all_reduce(send: Tensor, recv: Tensor, groups: Mapping[str, Group]) -> dict[str, Call]:
+    group = groups["messages"]
+    ways = _ours(lambda ranks: all_reduce(send, recv, ranks), groups)
     kind = _mpi_type(send.dtype)
     if kind is not None:
         ways["MPI"] = lambda: group.comm.Allreduce(

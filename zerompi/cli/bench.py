@@ -19,6 +19,7 @@ from zerompi.bench import collectives as collectives_bench
 from zerompi.bench import training as training_bench
 from zerompi.bench.plot import plot_collectives, plot_training
 from zerompi.bench.tables import UNITS, table_of_collectives, table_of_training
+from zerompi.collectives.choice import Row, write_table
 from zerompi.launch import threads_per_rank
 from zerompi.train.agreement import agree, agree_on_root
 from zerompi.train.config import InputError
@@ -43,6 +44,7 @@ class _Options:
     out: str | None
     plot: str | None
     compare: str | None
+    table: str | None
 
 
 def bench(
@@ -87,6 +89,12 @@ def bench(
         help="Show the ratio to the results in this JSON file of an earlier run.",
         rich_help_panel=_RESULTS,
     ),
+    table: Optional[str] = typer.Option(  # noqa: UP045
+        None,
+        help="Add to this file up to which size the flat way is faster here; jobs with "
+        "ZEROMPI_ALGORITHM_TABLE=FILE choose by it. Needs several nodes of several ranks.",
+        rich_help_panel=_RESULTS,
+    ),
 ) -> Callable[[], None]:
     """Time collectives, or whole training steps, beside other libraries and beside the bound.
 
@@ -97,7 +105,7 @@ def bench(
     """
     workload = training_bench.Workload(layers, width, heads, context, batch, steps)
     options = _Options(
-        kind, collectives, sizes, dtypes, systems, workload, repeats, out, plot, compare
+        kind, collectives, sizes, dtypes, systems, workload, repeats, out, plot, compare, table
     )
     return partial(_run, options)
 
@@ -112,6 +120,9 @@ def _run(options: _Options) -> None:
     measure = _measure_training if options.kind == "training" else _measure_collectives
     results = measure(options, world)
     agree_on_root(world, lambda: _write(options, results, topology))
+    if options.table is not None:
+        rows = collectives_bench.choice_rows(world, results)
+        agree_on_root(world, lambda: _add_to_table(Path(options.table or ""), rows))
     if options.plot is not None:
         path = Path(options.plot)
         agree_on_root(world, lambda: _plot(options.kind, results, title, path))
@@ -160,6 +171,8 @@ def _check(options: _Options) -> None:
         raise InputError(
             f"--heads: expected a divisor of --width / 2 = {half:g}, got {workload.heads}"
         )
+    if options.table is not None and options.kind != "collectives":
+        raise InputError("--table: expected to measure collectives, got training")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot: expected matplotlib to be installed: pip install matplotlib")
 
@@ -206,6 +219,17 @@ def _write(options: _Options, results: Sequence[Any], topology: zerompi.Topology
         "results": [{"key": result.key, **asdict(result)} for result in results],
     }
     Path(options.out).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _add_to_table(path: Path, rows: Sequence[Row]) -> None:
+    if not rows:
+        raise InputError(
+            "--table: expected several nodes of several ranks, where there is a choice"
+        )
+    try:
+        write_table(path, rows)
+    except ValueError as error:
+        raise InputError(f"--table: {error}") from error
 
 
 def _plot(kind: str, results: Sequence[Any], title: str, path: Path) -> None:

@@ -66,7 +66,8 @@ def gather_blocks(full: Tensor, ranges: Ranges, group: Group, *, label: str = "a
     topology, rank = group.topology, group.rank
     blocks = _blocks(full, ranges, group)
     others = [peer for peer in range(group.size) if peer != rank]
-    if group.node is None and group.algorithm == "flat":
+    longest = max(block.nbytes for block in blocks)
+    if group.is_flat("all_gather", longest):
         group.exchange(
             [(peer, blocks[rank]) for peer in others],
             [(peer, blocks[peer]) for peer in others],

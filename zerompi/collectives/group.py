@@ -13,6 +13,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from zerompi.arrays import host_bytes
+from zerompi.collectives import choice
 from zerompi.collectives.buffer import allocate
 from zerompi.collectives.shared import SharedNode, open_node
 from zerompi.collectives.waiting import has_spare_cores, wait_all
@@ -37,7 +38,8 @@ class Group:
         comm: an intra-communicator, duplicated; None is COMM_WORLD.
         topology: the node layout of its ranks; None discovers it.
         algorithm: "flat" or "hierarchical"; None is hierarchical where there are several nodes and
-            at least one has several ranks, or several groups of nodes and at least one has several nodes.
+            at least one has several ranks, or several groups of nodes and at least one has several nodes; but
+            flat for blocks so small that it was measured to be faster (`choice.py`).
 
     Attributes:
         comm: the private duplicate.
@@ -48,7 +50,7 @@ class Group:
 
     Raises:
         TypeError, ValueError: `comm` is no intra-communicator, `topology` has another number of ranks,
-            or `algorithm` is unknown.
+            `algorithm` is unknown, or the environment names no table (`choice.py`).
         MismatchError: ranks disagree on the topology or the algorithm, or another rank's are wrong.
     """
 
@@ -68,7 +70,11 @@ class Group:
         except BaseException:
             own.Free()
             raise
-        self._set(own, topology, algorithm, Traffic(), polls=None)
+        try:
+            self._set(own, topology, algorithm, Traffic(), polls=None)
+        except ValueError:  # of a table of algorithms, on all ranks
+            self.close()
+            raise
 
     def _set(
         self,
@@ -86,6 +92,7 @@ class Group:
         node, position = layout.node_of[self.rank], layout.local_rank_of[self.rank]
         self.node_comm = cast("MPI.Intracomm", comm.Split(node, self.rank))
         self.inter_node_comm = comm.Split(position, self.rank)
+        is_free = algorithm is None
         if algorithm is None:
             deep = 1 < layout.num_nodes < layout.size or 1 < layout.num_groups < layout.num_nodes
             algorithm = "hierarchical" if deep else "flat"
@@ -98,6 +105,16 @@ class Group:
         self.node: SharedNode | None = None
         if layout.num_nodes < layout.size and (layout.is_single_node or algorithm != "flat"):
             self.node = open_node(comm, self.node_comm, self._progress)
+        self._flat_limits: dict[str, int] = {}
+        if is_free and algorithm == "hierarchical":
+            shared = self.node is not None
+            self._flat_limits = choice.flat_limits(comm, layout, shared_memory=shared)
+
+    def is_flat(self, collective: str, block_nbytes: int) -> bool:
+        """Whether every rank sends to every other itself, if the largest block has so many bytes."""
+        if self.algorithm == "flat":
+            return self.node is None
+        return block_nbytes <= self._flat_limits.get(collective, 0)
 
     def _level(self, peer: int) -> str:
         layout = self.topology

@@ -86,8 +86,9 @@ def reduce_blocks(
     blocks = [slice(*ranges[topology.shard_index(owner)]) for owner in range(group.size)]
     longest = max(block.stop - block.start for block in blocks)
     chunk = min(_CHUNK_NBYTES, _STAGING_NBYTES // group.size) // full.element_size()
-    if node is None:
-        step = _flat_chunk if group.algorithm == "flat" else _hierarchical_chunk
+    is_flat = peers is None and group.is_flat("reduce_scatter", longest * full.element_size())
+    if node is None or is_flat:
+        step = _flat_chunk if is_flat else _hierarchical_chunk
         own_blocks = [full[block] for block in blocks]
         for start in range(0, longest, chunk):
             parts = [block[start : start + chunk] for block in own_blocks]
