@@ -127,8 +127,8 @@ def read_table(path: str) -> Sequence[Row]:
 def _check(path: str, row: Row) -> None:
     for name, value in vars(row).items():
         kind = {"shared_memory": bool, "collective": str}.get(name, int)
-        least = 0 if name == "flat_nbytes" else 1
-        if type(value) is not kind or (kind is int and value < least):
+        is_wrong = type(value) is not kind
+        if is_wrong or (kind is int and int(value) < (name != "flat_nbytes")):
             raise ValueError(f"{TABLE}: {path}: {name}: got {value!r}")
 
 
