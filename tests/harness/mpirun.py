@@ -17,6 +17,7 @@ from mpi4py import MPI
 
 ROOT = Path(__file__).parents[2]
 _LAUNCHER_PREFIXES = (
+    "HYDI_",
     "PMI_",
     "PMIX_",
     "OMPI_",
