@@ -33,6 +33,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from zerompi.kernels.casting import narrow, require_flat, widen
+
 Array = np.ndarray[Any, Any]
 
 LARGEST_CODE = {8: 127, 4: 7}
@@ -69,22 +71,27 @@ def packed_numel(nbytes: int, bits: int, block: int) -> int:
 
 
 def quantize(values: Array, packed: Array, bits: int, block: int) -> None:
-    """Quantize float32 `values` (1-D) into `packed` (1-D, uint8, of `packed_nbytes`).
+    """Quantize float32, float16 or bfloat16 `values` (1-D) into `packed` (uint8, `packed_nbytes`).
 
     Raises:
         TypeError: other dtypes.
         ValueError: other shapes, bits other than 8 and 4, or a block that is not positive and even.
     """
-    _check_values("values", values)
-    target = _fields("packed", packed, values.size, bits, block)
-    work = np.empty(_chunk_size(values.size, block), np.float32)
+    require_flat("values", values)
+    check_packed("packed", packed, values.size, bits, block)
+    target = _fields(packed, values.size, block)
+    work, wide = np.empty((2, _chunk_size(values.size, block)), np.float32)
     with np.errstate(all="ignore"):
         for piece in _pieces(values.size, block):
-            _quantize_piece(values[piece.values], piece, target, work, bits)
+            part = values[piece.values]
+            if part.itemsize == 2:
+                widen(part, wide[: part.size])
+                part = wide[: part.size]
+            _quantize_piece(part, piece, target, work, bits)
 
 
 def dequantize(packed: Array, out: Array, bits: int, block: int) -> None:
-    """The values of `packed` into float32 `out`; raises as `quantize` does."""
+    """The values of `packed` into `out` (float32, float16 or bfloat16); raises as `quantize` does."""
     dequantize_sum([packed], out, bits, block)
 
 
@@ -93,29 +100,37 @@ def dequantize_sum(
 ) -> None:
     """`out` = `scale` times the sum of what the packed arrays stand for.
 
-    Accumulated in float32, from the first to the last; then multiplied with float32(scale).
+    Accumulated in float32, from the first to the last; then multiplied with float32(scale); then
+    rounded to the dtype of `out`.
 
     Raises:
         TypeError, ValueError: as `quantize`, or if there is no array to sum.
     """
-    _check_values("out", out)
-    sources = _all_fields(packed_list, out.size, bits, block)
-    work = np.empty(_chunk_size(out.size, block), np.float32)
+    require_flat("out", out)
+    check_packed_list(packed_list, out.size, bits, block)
+    sources = [_fields(packed, out.size, block) for packed in packed_list]
+    work, wide = np.empty((2, _chunk_size(out.size, block)), np.float32)
     with np.errstate(all="ignore"):
         for piece in _pieces(out.size, block):
-            _sum_piece(sources, out[piece.values], piece, work, bits, np.float32(scale))
+            part = out[piece.values]
+            total = wide[: part.size] if part.itemsize == 2 else part
+            _sum_piece(sources, total, piece, work, bits, np.float32(scale))
+            if total is not part:
+                narrow(total, part)
 
 
 def dequantize_sum_quantize(
     packed_list: Sequence[Array], packed_out: Array, bits: int, block: int, scale: float = 1.0
 ) -> None:
-    """Quantize what `dequantize_sum` would give, without holding it; the same bits.
+    """Quantize what `dequantize_sum` would give in float32, without holding it; the same bits.
 
     `packed_out` is of the size of the others and overlaps none of them. Raises as `dequantize_sum`.
     """
     n = packed_numel(packed_out.size, bits, block)
-    sources = _all_fields(packed_list, n, bits, block)
-    target = _fields("packed_out", packed_out, n, bits, block)
+    check_packed("packed_out", packed_out, n, bits, block)
+    check_packed_list(packed_list, n, bits, block)
+    sources = [_fields(packed, n, block) for packed in packed_list]
+    target = _fields(packed_out, n, block)
     work, total = np.empty((2, _chunk_size(n, block)), np.float32)
     with np.errstate(all="ignore"):
         for piece in _pieces(n, block):
@@ -147,7 +162,8 @@ class _Piece(NamedTuple):
         return slice(self.values.start * bits // 8, _ceil(self.values.stop * bits, 8))
 
 
-def _fields(name: str, packed: Array, n: int, bits: int, block: int) -> _Fields:
+def check_packed(name: str, packed: Any, n: int, bits: int, block: int) -> None:
+    """Refuse what is not `n` values in packed form; raises as `quantize` does."""
     nbytes = packed_nbytes(n, bits, block)
     if packed.dtype != np.uint8:
         raise TypeError(f"{name}: expected uint8, got {packed.dtype}")
@@ -156,14 +172,19 @@ def _fields(name: str, packed: Array, n: int, bits: int, block: int) -> _Fields:
             f"{name}: expected {nbytes} contiguous bytes for {n} values of {bits} bits in blocks of "
             f"{block}, got shape {packed.shape}"
         )
-    split = 4 * _ceil(n, block)
-    return _Fields(packed[:split].view(np.float32), packed[split:])
 
 
-def _all_fields(packed_list: Sequence[Array], n: int, bits: int, block: int) -> list[_Fields]:
+def check_packed_list(packed_list: Sequence[Any], n: int, bits: int, block: int) -> None:
+    """`check_packed` for each; there must be one."""
     if not packed_list:
         raise ValueError("packed_list: expected at least one array, got none")
-    return [_fields("packed_list", packed, n, bits, block) for packed in packed_list]
+    for index, packed in enumerate(packed_list):
+        check_packed(f"packed_list[{index}]", packed, n, bits, block)
+
+
+def _fields(packed: Array, n: int, block: int) -> _Fields:
+    split = 4 * _ceil(n, block)
+    return _Fields(packed[:split].view(np.float32), packed[split:])
 
 
 def _check_format(bits: int, block: int) -> None:
@@ -171,13 +192,6 @@ def _check_format(bits: int, block: int) -> None:
         raise ValueError(f"bits: expected 8 or 4, got {bits}")
     if block <= 0 or block % 2:
         raise ValueError(f"block: expected a positive even number, got {block}")
-
-
-def _check_values(name: str, values: Array) -> None:
-    if values.dtype != np.float32:
-        raise TypeError(f"{name}: expected float32, got {values.dtype}")
-    if values.ndim != 1 or not values.flags.c_contiguous:
-        raise ValueError(f"{name}: expected a contiguous 1-D array, got shape {values.shape}")
 
 
 def _pieces(n: int, block: int) -> Iterator[_Piece]:
