@@ -53,7 +53,7 @@ def test_nothing_is_fused_flushed_or_approximated(nvrtc, module):
     assert inexact == []
 
 
-def test_one_module_alone_imports_cupy():
+def test_the_host_twins_do_not_import_cupy():
     folder = Path(zerompi.kernels.__file__).parent
     users = set()
     for path in folder.glob("*.py"):
@@ -63,4 +63,4 @@ def test_one_module_alone_imports_cupy():
                 names = [node.module or ""]
             if any(name.split(".")[0] == "cupy" for name in names):
                 users.add(path.stem)
-    assert users == {"compiler"}
+    assert users <= {"compiler"}

@@ -138,32 +138,37 @@ def test_casts_of_every_narrow_value(cupy, dtype):
 # -- packing -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64, np.complex128])
-@pytest.mark.parametrize("step", [1, 16])
-def test_pack_and_unpack(cupy, dtype, step):
-    rng = np.random.default_rng(step)
-    shapes = [(0,), (2, 16), (), (16_000,), (0,), *((16 * int(n),) for n in rng.integers(1, 9, 40))]
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("unit", [1, 16])
+def test_pack_and_unpack(cupy, monkeypatch, dtype, unit):
+    """All sizes and offsets are multiples of `unit` elements: of words of 16 bytes, or not."""
+    rng = np.random.default_rng(unit)
+    shapes = [(0,), (3, unit), (17_000 * unit,), (0,), *((unit * n,) for n in range(40))]
     arrays = [rng.integers(0, 99, shape).astype(dtype) for shape in shapes]
-    offsets, end = [], 0
-    for array in arrays:
-        offsets.append(end)
-        end += -(-array.size // step) * step + step
-    expected = np.full(end, 111, dtype)
+    sizes = [array.size + unit for array in arrays]
+    offsets = [0, *np.cumsum(sizes)[:-1].tolist()]
+    expected = np.full(sum(sizes), 111, dtype)
     packing.pack(arrays, offsets, expected)
 
+    launched = []
+    monkeypatch.setattr(
+        packing, "launch", lambda *args: (launched.append(args[1]), compiler.launch(*args))
+    )
     on_device = [cupy.asarray(array) for array in arrays]
     table = packing.DevicePacking(on_device, offsets)
-    flat = cupy.full(end, 111, dtype)
+    flat = cupy.full(expected.size, 111, dtype)
     table.pack(flat)
     assert_same_bits(flat, expected)
 
     for array in on_device:
         array.fill(0)
-    shifted = cupy.zeros(end + 1, dtype)[1:]  # a buffer with less alignment
+    shifted = cupy.zeros(flat.size + 1, dtype)[1:]  # aligned to single elements only
     shifted[:] = flat
     table.unpack(shifted)
     for array, values in zip(on_device, arrays, strict=True):
         assert_same_bits(array, values)
+    itemsize = np.dtype(dtype).itemsize
+    assert launched == [f"pack_{16 if unit == 16 else itemsize}", f"unpack_{itemsize}"]
 
 
 def test_nothing_to_pack(cupy):

@@ -1,7 +1,7 @@
 """The sum of squares, in one order whatever the device; not finite if any value is not.
 
-Squares of float32 are exact in float64, and so many as memory holds cannot overflow it. So the sum
-is infinite or NaN exactly if a value is, and one pass finds both the norm and an overflow.
+Squares of float32 are exact in float64, and as many of them as a memory holds cannot overflow it. So
+the sum is infinite or NaN exactly if a value is, and one pass finds both the norm and an overflow.
 
 Order: values are cut into tiles of 32 rows of 256. Rows of a tile are added from the first to the
 last; of the 256 sums the upper half is added to the lower until one is left. The sums of the tiles
@@ -37,7 +37,7 @@ __device__ __forceinline__ double add_threads(double mine) {
         __syncthreads();
         if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }
-    double total = sums[0];
+    double total = threadIdx.x == 0 ? sums[0] : 0;
     __syncthreads();  // the next call overwrites the sums
     return total;
 }

@@ -61,7 +61,7 @@ struct Sum {
     const byte* const* packed;
     int count;
     int64 blocks;
-    float scale;
+    float factor;
     __device__ __forceinline__ Pair pair(int64 i, int64 b, bool both) const {
         Pair total;
         for (int k = 0; k < count; ++k) {
@@ -78,7 +78,7 @@ struct Sum {
             Pair next = {(float)low * scale, (float)high * scale};
             total = k == 0 ? next : Pair{total.x + next.x, total.y + next.y};
         }
-        return {total.x * scale, total.y * scale};
+        return {total.x * factor, total.y * factor};
     }
 };
 
@@ -152,9 +152,9 @@ __device__ __forceinline__ void dequantize(Sum<BITS> source, T* out, int64 n, in
         quantize<BITS>(Values<T>{values}, packed, n, block);                                \
     }                                                                                       \
     extern "C" __global__ void dequantize_##NAME##_##BITS(                                  \
-        const byte* const* packed, int count, float scale, T* out, int64 n, int64 block     \
+        const byte* const* packed, int count, float factor, T* out, int64 n, int64 block     \
     ) {                                                                                     \
-        dequantize(Sum<BITS>{packed, count, (n + block - 1) / block, scale}, out, n, block); \
+        dequantize(Sum<BITS>{packed, count, (n + block - 1) / block, factor}, out, n, block); \
     }
 
 #define FORMAT(BITS)                                                                        \
@@ -162,9 +162,9 @@ __device__ __forceinline__ void dequantize(Sum<BITS> source, T* out, int64 n, in
     TO_AND_FROM(BITS, float16, float16)                                                     \
     TO_AND_FROM(BITS, bfloat16, bfloat16)                                                   \
     extern "C" __global__ void requantize_##BITS(                                           \
-        const byte* const* packed, int count, float scale, byte* out, int64 n, int64 block  \
+        const byte* const* packed, int count, float factor, byte* out, int64 n, int64 block  \
     ) {                                                                                     \
-        Sum<BITS> sum = {packed, count, (n + block - 1) / block, scale};                    \
+        Sum<BITS> sum = {packed, count, (n + block - 1) / block, factor};                    \
         quantize<BITS>(sum, out, n, block);                                                 \
     }
 
