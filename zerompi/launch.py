@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
 import socket
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple, NoReturn, TextIO
@@ -133,6 +135,9 @@ def prepare_environment() -> None:
 _PID = os.getpid()  # children made by fork inherit the hooks, but are no ranks
 _FORWARDING = 0.5  # seconds that a launcher may take to pass on what a rank wrote before it aborts
 _EXIT_GRACE = 1.0  # seconds in which ranks that all leave with a failure may end by themselves
+STOPPED_STATUS = (
+    75  # EX_TEMPFAIL of sysexits.h: all ranks have agreed to stop, and will go on later
+)
 
 
 def abort_on_exception() -> None:
@@ -140,7 +145,11 @@ def abort_on_exception() -> None:
 
     Without it the other ranks would wait for this one for ever. The traceback is printed first,
     each line marked with the rank. Nothing changes in a job of one rank, or in a forked child.
+    A crash (SIGSEGV, SIGBUS, SIGABRT ...) leaves Python's stack.
     """
+    if not faulthandler.is_enabled():
+        with suppress(OSError, ValueError, AttributeError, RuntimeError):  # no file to write to
+            faulthandler.enable()
     if sys.exit is not _exit:
         sys.excepthook = partial(_excepthook, sys.excepthook)
         threading.excepthook = partial(_thread_excepthook, threading.excepthook)
@@ -193,12 +202,12 @@ def _exit(status: object = None, /) -> NoReturn:
 def _abort_if_failed(code: object) -> None:
     """End the job if `code`, an argument of `sys.exit`, is a failure."""
     status = 0 if code is None else code & 0xFF if isinstance(code, int) else 1
-    if status == 0 or is_alone():
+    if status in (0, STOPPED_STATUS) or is_alone():
         return
     # Where all ranks leave because of the same failure, each has said why before the first aborts.
     sys.stdout.flush()
     time.sleep(_EXIT_GRACE)
-    _write_and_abort([f"left with sys.exit({code!r}): ending the job"], status)
+    end_job([f"left with sys.exit({code!r}): ending the job"], status)
 
 
 def is_alone() -> bool:
@@ -239,8 +248,8 @@ def _real_stderr() -> TextIO:
     return sys.stderr
 
 
-def _write_and_abort(lines: Sequence[str], status: int) -> NoReturn:
-    """Write lines with this rank's mark, then end all ranks."""
+def end_job(lines: Sequence[str], status: int) -> NoReturn:
+    """Write lines with this rank's mark, then end all ranks; does not return."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
@@ -258,7 +267,7 @@ def report_and_abort(
             "out of memory: a higher stage, more ranks, mixed_precision, smaller batches with "
             "zero.accumulate, or torch.utils.checkpoint need less"
         )
-    _write_and_abort(lines, 1)
+    end_job(lines, 1)
 
 
 # What torch, the C++ library and the start of a thread say; on the host none has its own class.
