@@ -29,7 +29,7 @@ class StopRequest:
     That is SIGTERM, SIGUSR1 or SIGUSR2, which do not end the process then, and the approaching end of
     the time: of `max_time`, or of the job where the batch system tells (Slurm does; elsewhere a
     script can set ZEROMPI_END_TIME, in seconds since 1970). The end approaches when what is left may
-    not suffice for another step like the longest one so far, and the checkpoint.
+    not suffice for another step like the longest one so far, and the checkpoint::
 
         with zerompi.StopRequest() as stop:
             for batch in batches:
