@@ -84,6 +84,14 @@ launch+=("${more[@]}")
 
 # -- run -----------------------------------------------------------------------------------------
 
+# When the time of the job is over: zerompi saves a checkpoint before that. Older versions of Slurm do
+# not set it.
+if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
+    end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' || true)
+    SLURM_JOB_END_TIME=$(date --date="$end" +%s 2> /dev/null || true)
+    export SLURM_JOB_END_TIME
+fi
+
 read -r -a zerompi <<< "$ZEROMPI"
 # From the latest checkpoint; from the start if there is none.
 options=(--out "$OUT" --save-every "$SAVE_EVERY" --resume auto)

@@ -151,6 +151,7 @@ def abort_on_exception() -> None:
         with suppress(OSError, ValueError, AttributeError, RuntimeError):  # no file to write to
             faulthandler.enable()
     if sys.exit is not _exit:
+        os._exit = _leave_at_once
         sys.excepthook = partial(_excepthook, sys.excepthook)
         threading.excepthook = partial(_thread_excepthook, threading.excepthook)
         sys.exit = _exit
@@ -199,6 +200,19 @@ def _exit(status: object = None, /) -> NoReturn:
     raise _Exit(status)
 
 
+_os_exit = os._exit
+
+
+def _leave_at_once(status: int) -> NoReturn:
+    """`os._exit`, which in a rank ends the job.
+
+    A launcher may take the job for done if the status is 0: MPICH's kills the others then, and often ends with 0.
+    """
+    if not is_alone():
+        end_job([f"left with os._exit({status}): ending the job"], status or 1)
+    _os_exit(status)
+
+
 def _abort_if_failed(code: object) -> None:
     """End the job if `code`, an argument of `sys.exit`, is a failure."""
     status = 0 if code is None else code & 0xFF if isinstance(code, int) else 1
@@ -219,6 +233,9 @@ def is_alone() -> bool:
     return not MPI.Is_initialized() or MPI.Is_finalized() or MPI.COMM_WORLD.size == 1
 
 
+before_abort: list[Callable[[], object]] = []  # called when this process ends the job
+
+
 def abort(text: str, status: int = 1) -> NoReturn:
     """Write `text` to standard error and end all ranks of the job; does not return.
 
@@ -232,11 +249,14 @@ def abort(text: str, status: int = 1) -> NoReturn:
     stderr = _real_stderr()
     stderr.write(text)
     stderr.flush()
+    for call in before_abort:
+        with suppress(Exception):
+            call()
     time.sleep(_FORWARDING)
     try:
         MPI.COMM_WORLD.Abort(status)
     finally:
-        os._exit(status)
+        _os_exit(status)
 
 
 def _real_stderr() -> TextIO:

@@ -31,8 +31,9 @@ _DEFAULT_TIMEOUT = 1800.0  # seconds
 _POLL = 0.5  # seconds between looks
 _ANSWER_TIME = 5.0  # seconds that the other ranks may take to tell where they are
 _DEATH_GRACE = 1.0  # seconds that the launcher gets to end the job, whose report is the better one
+_ABORT_GRACE = 15.0  # the same, where a rank has ended the job and said why
 _LAST_RESORT = 30.0  # seconds after which a process whose end fails, too, ends by force
-_ASK, _ANSWER, _GOODBYE = 1, 2, 3
+_ASK, _ANSWER, _GOODBYE, _ENDING = 1, 2, 3, 4
 
 
 def seconds_allowed() -> float:
@@ -78,6 +79,7 @@ class Watch:
         self._before, self._next = near[at - 1], near[(at + 1) % len(near)]
         self._has_left = False
         self._died_at = math.inf
+        self._grace = _DEATH_GRACE
         self._sent: list[MPI.Request] = []
         self.pidfd = None if self._next == self.rank else _open_pidfd(self._pids[self._next][1])
         if self.pidfd is not None:
@@ -107,8 +109,10 @@ class Watch:
                 self._send(own_state(), source, _ANSWER)
             elif tag == _ANSWER:
                 self.answers[source] = content
-            else:
+            elif tag == _GOODBYE:
                 self._has_left = True
+            elif self._grace == _DEATH_GRACE:
+                self.say_ending()
 
     def _send(self, content: object, peer: int, tag: int) -> None:
         self._sent.append(self.comm.isend(content, peer, tag))
@@ -118,6 +122,12 @@ class Watch:
         if self.can_talk and self._before != self.rank:
             self._send(None, self._before, _GOODBYE)
 
+    def say_ending(self) -> None:
+        """Let all ranks near this one know that the job is being ended, and why has been said."""
+        self._grace = _ABORT_GRACE
+        if self.can_talk and self._before != self.rank:
+            self._send(None, self._before, _ENDING)
+
     def note_death(self) -> None:
         """The next rank's process is gone."""
         self.pidfd = None
@@ -125,7 +135,7 @@ class Watch:
 
     def end_if_dead(self) -> None:
         """End the job if the next rank is gone, did not say goodbye, and the launcher does nothing."""
-        if time.monotonic() < self._died_at + _DEATH_GRACE or self._has_left or not self.can_talk:
+        if time.monotonic() < self._died_at + self._grace or self._has_left or not self.can_talk:
             return
         pid = self._pids[self._next][1]
         launch.end_job(
@@ -142,7 +152,7 @@ class Watch:
         for peer in range(self.size):
             if peer != self.rank:
                 self._send(None, peer, _ASK)
-        end = time.monotonic() + _ANSWER_TIME
+        end = time.monotonic() + min(_ANSWER_TIME, seconds)
         while time.monotonic() < end and len(self.answers) < self.size - 1:
             time.sleep(_POLL / 20)
             self.read()
@@ -180,6 +190,7 @@ class _Watchdog:
         self._thread = threading.Thread(target=self._run, name="zerompi-watchdog", daemon=True)
         self._thread.start()
         atexit.register(self._stop)
+        launch.before_abort.append(self._say_ending)
 
     def add(self, watch: Watch) -> None:
         with self._lock:
@@ -200,6 +211,10 @@ class _Watchdog:
         self._thread.join()
         for watch in list(self._watches):
             watch.say_goodbye()
+
+    def _say_ending(self) -> None:
+        for watch in list(self._watches):
+            watch.say_ending()
 
     def _run(self) -> None:
         poll = min(_POLL, self._allowed / 4)

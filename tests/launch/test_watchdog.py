@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from zerompi import activity, watchdog
+from zerompi import activity, launch, watchdog
 from zerompi.activity import State, Wait, Waiting, hang_report
 from zerompi.checkpoint import CheckpointReader
+from zerompi.watchdog import Watch
 
 PROGRAM = Path(__file__).with_name("fault_at.py")
 WANTED = Waiting("refresh of a", 7, (0, 1, 2, 3))
@@ -28,10 +31,10 @@ def test_a_report_names_who_is_missing_first_and_those_at_one_place_once():
     states = {0: state(WANTED), 1: busy, 2: state(WANTED), 3: "does not answer"}
     assert hang_report(WANTED, 60.4, states, 4) == [
         "waited 60 s in vain: refresh of a",
+        "rank 3: has not arrived, and does not answer",
         "rank 1: has not arrived; 5 steps done, save; waits for no other rank; pid 42 on n1",
         "    MainThread:",
         "      train.py:9 in <module>: write()",
-        "rank 3: has not arrived, and does not answer",
         "ranks 0, 2: waits for it; 5 steps done, forward",
         "    MainThread:",
         "      train.py:3 in <module>: step()",
@@ -109,6 +112,8 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_the_last_checkpoint(
     job = run_with_fault(run_mpi, phase, kind, tmp_path)
     if kind == "segfault":
         assert "in fault" in job.output  # Python's stack
+    elif kind == "exit-0":
+        assert job.output.count("left with os._exit(0): ending the job") == 1
 
 
 def test_a_rank_that_hangs_is_named_with_its_phase_and_stack(run_mpi, tmp_path):
@@ -124,10 +129,25 @@ def test_a_stopped_process_is_named_though_it_does_not_answer(run_mpi, tmp_path)
     assert re.search(r"rank 2: has not arrived, and does not answer: process \d+ is", job.output)
 
 
+def test_a_neighbour_that_is_gone_ends_the_job(comm, monkeypatch):
+    if comm.size == 1:
+        pytest.skip("needs a neighbour")
+    said = []
+    monkeypatch.setattr(launch, "end_job", lambda lines, status: said.append(lines[0]))
+    watch = Watch(comm)
+    with subprocess.Popen(["true"]) as other:  # in the neighbour's place
+        watch.pidfd = os.pidfd_open(other.pid)
+    deadline = time.monotonic() + 10
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.1)
+    watch.close()
+    assert "has ended in the middle of the job" in said[0]
+
+
 def test_ranks_that_end_one_after_the_other_are_not_taken_for_dead(run_mpi):
     program = (
         "import time, zerompi; from zerompi.collectives import Group\n"
-        "group = Group(); time.sleep(3 * group.rank)\n"
+        "group = Group(); time.sleep(2 * group.rank)\n"
         "print('done', flush=True)"
     )
     job = run_mpi(2, ["-c", program], timeout=60)
