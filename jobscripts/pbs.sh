@@ -8,8 +8,8 @@
 # PBS gives a job no arguments: what `zerompi train` gets beside the settings below stands in
 # OPTIONS. Options of qsub on the command line win over the lines below.
 #
-# A job that is stopped before its end (qsig -s USR1, or SIGTERM when the time is over) saves a
-# checkpoint; the same qsub again goes on from there.
+# Before the time is over, or when it is told to (qsig -s USR1, SIGTERM), the job saves a checkpoint
+# and ends with status 75; the same qsub again goes on from there. RESUBMIT does so by itself.
 
 #PBS -N zerompi
 #PBS -l select=2:ncpus=16:mpiprocs=4
@@ -35,6 +35,7 @@ MODULES=${MODULES:-}              # modules to load, for instance "mpich cray-py
 MPIEXEC=${MPIEXEC:-mpiexec}       # the launcher of the MPI library that mpi4py uses
 MPIEXEC_OPTIONS=${MPIEXEC_OPTIONS:-}    # more options for it
 CPU_BIND=${CPU_BIND:-core}        # binding of each rank to its own cores; none: no binding
+RESUBMIT=${RESUBMIT:-}            # command that queues the job again when its time was over
 
 # -- environment ---------------------------------------------------------------------------------
 
@@ -58,6 +59,16 @@ if [ "$cpus_per_rank" -lt 1 ]; then
     cpus_per_rank=1
 fi
 export OMP_NUM_THREADS=$cpus_per_rank
+
+# When the time of the job is over: zerompi saves a checkpoint before that.
+if [ -z "${ZEROMPI_END_TIME:-}" ] && command -v qstat > /dev/null; then
+    walltime=$(qstat -f "${PBS_JOBID:-}" 2> /dev/null | sed -n 's/.*Resource_List.walltime = //p')
+    if [[ $walltime =~ ^([0-9]+):([0-9]+):([0-9]+)$ ]]; then
+        seconds=$((10#${BASH_REMATCH[1]} * 3600 + 10#${BASH_REMATCH[2]} * 60 + 10#${BASH_REMATCH[3]}))
+        ZEROMPI_END_TIME=$(($(date +%s) + seconds))
+        export ZEROMPI_END_TIME
+    fi
+fi
 
 # MPICH, Intel MPI and Open MPI name the same things differently.
 read -r -a more <<< "$MPIEXEC_OPTIONS"
@@ -83,7 +94,7 @@ launch+=("${more[@]}")
 read -r -a zerompi <<< "$ZEROMPI"
 read -r -a extra <<< "$OPTIONS"
 # From the latest checkpoint; from the start if there is none.
-options=(--out "$OUT" --save-every "$SAVE_EVERY" --resume latest)
+options=(--out "$OUT" --save-every "$SAVE_EVERY" --resume auto)
 if [ -n "$STEPS" ]; then
     options+=(--steps "$STEPS")
 fi
@@ -96,8 +107,11 @@ echo "job ${PBS_JOBID:-}: $nodes nodes, $ranks_per_node ranks each, $OMP_NUM_THR
 "${launch[@]}" "${zerompi[@]}" train "${options[@]}" &
 training=$!
 
-# The launcher hands SIGUSR1 on to every rank; zerompi saves a checkpoint and ends.
-trap 'kill -USR1 "$training"' USR1 TERM
+# The launcher hands SIGUSR1 on to every rank; zerompi saves a checkpoint and ends with status 75.
+# After SIGTERM the job is not queued again: it may come from qdel.
+cancelled=0
+trap 'kill -USR1 "$training"' USR1
+trap 'cancelled=1; kill -USR1 "$training"' TERM
 
 # wait returns at a signal, too: the training has ended only when it is gone.
 status=0
@@ -106,4 +120,7 @@ while kill -0 "$training" 2> /dev/null; do
     status=0
     wait "$training" || status=$?
 done
+if [ "$status" = 75 ] && [ "$cancelled" = 0 ] && [ -n "$RESUBMIT" ]; then
+    eval "$RESUBMIT"
+fi
 exit "$status"

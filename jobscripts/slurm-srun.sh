@@ -7,8 +7,9 @@
 # Arguments after the script's name go to `zerompi train`. Options of sbatch on the command line win
 # over the lines below. Every setting of the next section can be given in the environment.
 #
-# Before the time is over, and when the job is pre-empted, Slurm sends SIGUSR1 (SIGTERM): the job
-# saves a checkpoint, is queued again, and goes on from there.
+# Before the time is over the job saves a checkpoint, is queued again, and goes on from there: zerompi
+# reads the end of the time from Slurm, which also sends SIGUSR1 two minutes before. A job that is
+# pre-empted or cancelled (SIGTERM) saves a checkpoint, too.
 
 #SBATCH --job-name=zerompi
 #SBATCH --nodes=2
@@ -35,7 +36,7 @@ MODULES=${MODULES:-}              # modules to load, for instance "mpich cray-py
 # `srun --mpi=list` shows what there is.
 MPI_PLUGIN=${MPI_PLUGIN:-pmi2}
 CPU_BIND=${CPU_BIND:-cores}       # binding of each rank to its own cores; none: no binding
-REQUEUE=${REQUEUE:-1}             # 1: queue the job again when it was stopped before its end
+REQUEUE=${REQUEUE:-1}             # 1: queue the job again when its time was over before its end
 
 # -- environment ---------------------------------------------------------------------------------
 
@@ -63,9 +64,17 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_task}
 
 # -- run -----------------------------------------------------------------------------------------
 
+# When the time of the job is over: zerompi saves a checkpoint before that. Older versions of Slurm do
+# not set it.
+if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
+    end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' || true)
+    SLURM_JOB_END_TIME=$(date --date="$end" +%s 2> /dev/null || true)
+    export SLURM_JOB_END_TIME
+fi
+
 read -r -a zerompi <<< "$ZEROMPI"
 # From the latest checkpoint; from the start if there is none.
-options=(--out "$OUT" --save-every "$SAVE_EVERY" --resume latest)
+options=(--out "$OUT" --save-every "$SAVE_EVERY" --resume auto)
 if [ -n "$STEPS" ]; then
     options+=(--steps "$STEPS")
 fi
@@ -78,9 +87,11 @@ srun --mpi="$MPI_PLUGIN" --ntasks-per-node="$ranks_per_node" --cpus-per-task="$c
     --cpu-bind="$CPU_BIND" --kill-on-bad-exit=1 "${zerompi[@]}" train "${options[@]}" "$@" &
 training=$!
 
-stopped=0
-# The launcher hands SIGUSR1 on to every rank; zerompi saves a checkpoint and ends.
-trap 'stopped=1; kill -USR1 "$training"' USR1 TERM
+# The launcher hands SIGUSR1 on to every rank; zerompi saves a checkpoint and ends with status 75.
+# After SIGTERM it is not for us to queue the job: scancel does not want it, pre-emption does it.
+cancelled=0
+trap 'kill -USR1 "$training"' USR1
+trap 'cancelled=1; kill -USR1 "$training"' TERM
 
 # wait returns at a signal, too: the training has ended only when it is gone.
 status=0
@@ -89,7 +100,7 @@ while kill -0 "$training" 2> /dev/null; do
     status=0
     wait "$training" || status=$?
 done
-if [ "$stopped" = 1 ] && [ "$status" = 0 ] && [ "$REQUEUE" = 1 ]; then
+if [ "$status" = 75 ] && [ "$cancelled" = 0 ] && [ "$REQUEUE" = 1 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 from mpi4py import MPI
 
+from zerompi.activity import progress
 from zerompi.errors import CheckpointError, ZerompiError
+from zerompi.watchdog import waiting
 
 
 def agree_error(comm: MPI.Intracomm, error: Exception | None) -> None:
@@ -20,7 +22,8 @@ def agree_error(comm: MPI.Intracomm, error: Exception | None) -> None:
         ZerompiError, TypeError, ValueError: the rank's own error, or one of its class.
     """
     own = None if error is None else (_shared_class(error), _message(error))
-    errors = comm.allgather(own)
+    with waiting(f"{progress.phase}: whether a rank has met an error"):
+        errors = comm.allgather(own)
     if error is not None and not isinstance(error, OSError):
         raise error
     for rank, found in enumerate(errors):

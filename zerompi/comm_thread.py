@@ -18,6 +18,7 @@ from functools import cache
 import torch
 from mpi4py import MPI
 
+from zerompi.activity import COMM_THREAD
 from zerompi.errors import ZerompiError
 
 _SWITCH = "ZEROMPI_COMM_THREAD"
@@ -92,7 +93,7 @@ class CommThread:
         self._is_closed = False
         if is_wanted and _is_possible():
             _share_heap()
-            self._thread = threading.Thread(target=self._loop, name="zerompi-comm", daemon=True)
+            self._thread = threading.Thread(target=self._loop, name=COMM_THREAD, daemon=True)
             self._thread.start()
 
     @property

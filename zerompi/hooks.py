@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from zerompi.activity import progress
 from zerompi.buffers import ModuleBuffers
 from zerompi.errors import ZerompiError
 from zerompi.nested import iter_tensors, map_arguments, map_tensors
@@ -215,6 +216,7 @@ class Hooks:
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not in_backward():
+            progress.phase = "forward"
             if any(unit.is_hidden for unit in self.units):
                 self.gathers.begin(with_grad=torch.is_grad_enabled())
             else:  # inside gathered(), where a rank may do what it likes
@@ -346,6 +348,7 @@ class Hooks:
     def _queue_end(self) -> None:
         if not self._end_is_queued:
             self._end_is_queued = True
+            progress.phase = "backward"
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
 
     def _end_of_backward(self) -> None:
@@ -365,6 +368,7 @@ class Hooks:
             self._open[unit] = 0
             for segment in unit.trainable:
                 segment.collected = 0
+        progress.phase = "after backward"
         self.measure_gradients()
 
     def release_kept(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
 import socket
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple, NoReturn, TextIO
@@ -133,6 +135,9 @@ def prepare_environment() -> None:
 _PID = os.getpid()  # children made by fork inherit the hooks, but are no ranks
 _FORWARDING = 0.5  # seconds that a launcher may take to pass on what a rank wrote before it aborts
 _EXIT_GRACE = 1.0  # seconds in which ranks that all leave with a failure may end by themselves
+STOPPED_STATUS = (
+    75  # EX_TEMPFAIL of sysexits.h: all ranks have agreed to stop, and will go on later
+)
 
 
 def abort_on_exception() -> None:
@@ -140,8 +145,13 @@ def abort_on_exception() -> None:
 
     Without it the other ranks would wait for this one for ever. The traceback is printed first,
     each line marked with the rank. Nothing changes in a job of one rank, or in a forked child.
+    A crash (SIGSEGV, SIGBUS, SIGABRT ...) leaves Python's stack.
     """
+    if not faulthandler.is_enabled():
+        with suppress(OSError, ValueError, AttributeError, RuntimeError):  # no file to write to
+            faulthandler.enable()
     if sys.exit is not _exit:
+        os._exit = _leave_at_once
         sys.excepthook = partial(_excepthook, sys.excepthook)
         threading.excepthook = partial(_thread_excepthook, threading.excepthook)
         sys.exit = _exit
@@ -190,15 +200,28 @@ def _exit(status: object = None, /) -> NoReturn:
     raise _Exit(status)
 
 
+_os_exit = os._exit
+
+
+def _leave_at_once(status: int) -> NoReturn:
+    """`os._exit`, which in a rank ends the job.
+
+    A launcher may take the job for done if the status is 0: MPICH's kills the others then, and often ends with 0.
+    """
+    if not is_alone():
+        end_job([f"left with os._exit({status}): ending the job"], status or 1)
+    _os_exit(status)
+
+
 def _abort_if_failed(code: object) -> None:
     """End the job if `code`, an argument of `sys.exit`, is a failure."""
     status = 0 if code is None else code & 0xFF if isinstance(code, int) else 1
-    if status == 0 or is_alone():
+    if status in (0, STOPPED_STATUS) or is_alone():
         return
     # Where all ranks leave because of the same failure, each has said why before the first aborts.
     sys.stdout.flush()
     time.sleep(_EXIT_GRACE)
-    _write_and_abort([f"left with sys.exit({code!r}): ending the job"], status)
+    end_job([f"left with sys.exit({code!r}): ending the job"], status)
 
 
 def is_alone() -> bool:
@@ -208,6 +231,9 @@ def is_alone() -> bool:
     if os.getpid() != _PID:
         return True
     return not MPI.Is_initialized() or MPI.Is_finalized() or MPI.COMM_WORLD.size == 1
+
+
+before_abort: list[Callable[[], object]] = []  # called when this process ends the job
 
 
 def abort(text: str, status: int = 1) -> NoReturn:
@@ -223,11 +249,14 @@ def abort(text: str, status: int = 1) -> NoReturn:
     stderr = _real_stderr()
     stderr.write(text)
     stderr.flush()
+    for call in before_abort:
+        with suppress(Exception):
+            call()
     time.sleep(_FORWARDING)
     try:
         MPI.COMM_WORLD.Abort(status)
     finally:
-        os._exit(status)
+        _os_exit(status)
 
 
 def _real_stderr() -> TextIO:
@@ -239,8 +268,8 @@ def _real_stderr() -> TextIO:
     return sys.stderr
 
 
-def _write_and_abort(lines: Sequence[str], status: int) -> NoReturn:
-    """Write lines with this rank's mark, then end all ranks."""
+def end_job(lines: Sequence[str], status: int) -> NoReturn:
+    """Write lines with this rank's mark, then end all ranks; does not return."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
@@ -258,7 +287,7 @@ def report_and_abort(
             "out of memory: a higher stage, more ranks, mixed_precision, smaller batches with "
             "zero.accumulate, or torch.utils.checkpoint need less"
         )
-    _write_and_abort(lines, 1)
+    end_job(lines, 1)
 
 
 # What torch, the C++ library and the start of a thread say; on the host none has its own class.

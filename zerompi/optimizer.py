@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from zerompi.activity import progress
 from zerompi.errors import ZerompiError
 from zerompi.placement import Placement
 from zerompi.precision import LossScaler
@@ -92,6 +93,7 @@ class PieceOptimizer:
     # -- step ----------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        progress.phase = "optimizer step"
         deferred = any(segment.reduce_dtype is not segment.main_dtype for segment in self.segments)
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
         if closure is not None and (deferred or self.scaler):

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from zerompi import launch, registry
 from zerompi import state as states
 from zerompi.accounting import measure_parameters, memory_report
+from zerompi.activity import phase, progress
 from zerompi.agreement import agreement
 from zerompi.checkpoint import CheckpointReader, write_checkpoint
 from zerompi.errors import MismatchError, ZerompiError
@@ -65,6 +66,7 @@ class Zero:
         if optimizer is not None:
             self._guards.append(optimizer.register_step_post_hook(self._end_of_step))
         self._closed = False
+        self._num_steps = 0
         self._traffic_mark = context.world.traffic.snapshot()
         self._step_traffic: Mapping[str, Mapping[str, int]] = {}
         self._step_times: Mapping[str, float] = {}
@@ -214,6 +216,7 @@ class Zero:
             if any(wanted.intersection(segment.index_of) for segment in unit.segments)
         ]
 
+    @phase("full_state_dict")
     def full_state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
         """Parameters (main weights: float32 under mixed precision) and buffers, on the host.
 
@@ -242,6 +245,7 @@ class Zero:
             if self._aliases.get(key, key) in values
         }
 
+    @phase("load_full_state_dict")
     def load_full_state_dict(self, sd: Mapping[str, Tensor] | None) -> None:
         """Take the parameters and buffers of rank 0's `sd`; the reverse of `full_state_dict`.
 
@@ -273,6 +277,7 @@ class Zero:
 
     # -- checkpoints ---------------------------------------------------------------------------
 
+    @phase("save")
     def save(self, path: str | PathLike[str], *, extra: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint directory that is complete or absent. Collective.
 
@@ -300,6 +305,7 @@ class Zero:
             }
         write_checkpoint(Path(path), model, optimizer_state, rest, comm)
 
+    @phase("load")
     def load(
         self, path: str | PathLike[str], *, names: Callable[[str], str | None] | None = None
     ) -> dict[str, Any]:
@@ -351,6 +357,8 @@ class Zero:
         )
 
     def _end_of_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._num_steps += 1
+        progress.step, progress.phase = self._num_steps, "after the optimizer step"
         self._hooks.release_kept()
         self._hooks.gathers.end_of_step()
         traffic = self._context.world.traffic
@@ -415,7 +423,8 @@ class Zero:
         """
         if self._closed:
             return
-        self._agree("close of the partition")
+        with phase("close"):
+            self._agree("close of the partition")
         self._closed = True
         self._context.thread.close()
         atexit.unregister(self._at_exit)

@@ -208,19 +208,39 @@ def test_job_that_is_stopped_saves_and_is_queued_again(slurm, mpi_plugin, tmp_pa
     assert saved, log.read_text(errors="replace")
 
 
-def test_main_job_runs_in_a_pbs_job(tmp_path):
+def pbs_environment(tmp_path, steps, options=()):
     """PBS is played by its environment: two lines for this machine in the node file."""
-    host = "localhost"
-    (tmp_path / "nodes").write_text(f"{host}\n{host}\n")
-    environment = {
-        **settings(tmp_path / "out", 3),
+    (tmp_path / "nodes").write_text("localhost\nlocalhost\n")
+    return {
+        **settings(tmp_path / "out", steps),
         "PBS_NODEFILE": str(tmp_path / "nodes"),
         "PBS_O_WORKDIR": str(ROOT),
         "PBS_JOBID": "7.server",
         "NCPUS": "2",
-        "OPTIONS": " ".join(TINY),
+        "OPTIONS": " ".join([*TINY, *options]),
     }
+
+
+def test_main_job_runs_in_a_pbs_job(tmp_path):
+    environment = pbs_environment(tmp_path, 3)
     done = MPIRun.run_command(["bash", SCRIPTS / "pbs.sh"], env=environment, timeout=100)
     assert done.returncode == 0, done.output
     assert "1 nodes, 2 ranks each, 1 threads each" in done.output
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["run"]["ranks"] == 2
+
+
+def test_pbs_job_whose_time_is_over_saves_and_is_submitted_again(tmp_path):
+    """The end of the time is what a qstat of ours says, less the margin: it has come already."""
+    qstat = tmp_path / "bin" / "qstat"
+    qstat.parent.mkdir()
+    qstat.write_text('#!/bin/sh\necho "    Resource_List.walltime = 00:01:00"\n')
+    qstat.chmod(0o755)
+    environment = {
+        **pbs_environment(tmp_path, 2000, ["--margin", "60"]),
+        "PATH": f"{qstat.parent}:{os.environ['PATH']}",
+        "RESUBMIT": f"echo again > {tmp_path / 'queue'}",
+    }
+    done = MPIRun.run_command(["bash", SCRIPTS / "pbs.sh"], env=environment, timeout=100)
+    assert done.returncode == 75, done.output
+    assert (tmp_path / "queue").read_text() == "again\n"
+    assert (tmp_path / "out" / "checkpoints" / "step-1" / "state.json").is_file()

@@ -97,7 +97,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("signal", ["SIGUSR1", "SIGTERM"])
+@pytest.mark.parametrize("signal", ["SIGUSR1", "SIGUSR2", "SIGTERM"])
 def test_a_signal_to_one_rank_saves_and_ends_the_job(
     run_mpi: Callable[..., MPIRun], tmp_path: Path, signal: str
 ) -> None:
@@ -105,10 +105,22 @@ def test_a_signal_to_one_rank_saves_and_ends_the_job(
     script.write_text(_SIGNALLED.format(signal=signal))
     words = "train --layers 1 --width 8 --heads 1 --context 8 --batch 4 --steps 100000"
     job = run_mpi(2, [script, *words.split(), "--out", tmp_path / "out"], timeout=60)
-    assert job.returncode == 0, job.output
+    assert job.returncode == 75, job.output
     (saved,) = (tmp_path / "out" / "checkpoints").glob("step-*")
     assert f"stopped by {signal} after step {saved.name[5:]}" in job.stdout
     assert "--resume continues" in job.stdout
+
+
+def test_a_job_whose_time_is_over_saves_and_ends_with_its_own_status(
+    run_mpi: Callable[..., MPIRun], tmp_path: Path
+) -> None:
+    words = "-m zerompi train --layers 1 --width 8 --heads 1 --context 8 --batch 4 --steps 100000"
+    words += " --max-time 0.001 --resume auto"
+    job = run_mpi(2, [*words.split(), "--out", tmp_path / "out"], timeout=60)
+    assert job.returncode == 75, job.output
+    assert "no checkpoint in" in job.stdout
+    assert "stopped by the end of its time after step 1;" in job.stdout
+    assert (tmp_path / "out" / "checkpoints" / "step-1" / "state.json").is_file()
 
 
 def test_a_toml_file_configures_a_job_and_the_command_line_wins(

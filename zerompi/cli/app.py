@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         action = agree(world, lambda: _parse(arguments or ["--help"]))
         if action is not None:
-            action()
+            return action() or 0
     except InputError as error:
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str]) -> Callable[[], None] | None:
+def _parse(arguments: Sequence[str]) -> Callable[[], int | None] | None:
     """What the arguments ask to run; None if they asked for help, which has been shown.
 
     Raises:

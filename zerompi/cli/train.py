@@ -13,28 +13,31 @@ from typing import Any, Optional
 import typer
 from mpi4py import MPI
 
-from zerompi.launch import abort, is_out_of_memory
+from zerompi.launch import STOPPED_STATUS, abort, is_out_of_memory
 from zerompi.train.config import TrainConfig, field_types, make_config, option_name, read_toml
 
 _HELP = """Train a language model on text.
 
 Without options: a byte-level GPT on the documentation that every Python carries, its last tenth
 held out. Every option can also stand in a TOML file given with --config, under the same name; the
-command line wins. SIGTERM and SIGUSR1 save a checkpoint and end the run.
+command line wins. SIGTERM, SIGUSR1, SIGUSR2 and the end of the time save a checkpoint and end the
+run with status 75; the same command with --resume goes on.
 """
 
 
-def _run(options: dict[str, Any]) -> None:
+def _run(options: dict[str, Any]) -> int:
+    """Train; return the exit status."""
     # Imported here so that --help is quick.
     from zerompi.train.agreement import agree
     from zerompi.train.loop import train as run_job
 
     try:
         config = agree(MPI.COMM_WORLD, lambda: _configure(**options))
-        run_job(config, MPI.COMM_WORLD)
+        summary = run_job(config, MPI.COMM_WORLD)
     except (MemoryError, RuntimeError, OSError) as error:
         _end_if_out_of_memory(error)
         raise
+    return STOPPED_STATUS if summary is None else 0
 
 
 def _configure(config: str | None, **options: Any) -> TrainConfig:
@@ -58,7 +61,7 @@ def _end_if_out_of_memory(error: BaseException) -> None:
     abort(text)
 
 
-def _command() -> Callable[..., Callable[[], None]]:
+def _command() -> Callable[..., Callable[[], int]]:
     """A function with the signature from which typer makes the options; it returns what to run."""
     defaults = TrainConfig()
     parameters = [
@@ -71,7 +74,7 @@ def _command() -> Callable[..., Callable[[], None]]:
             text += f" (default: {default})"
         parameters.append(_parameter(entry.name, kinds[entry.name], entry.metadata["panel"], text))
 
-    def train(**options: Any) -> Callable[[], None]:
+    def train(**options: Any) -> Callable[[], int]:
         return partial(_run, options)
 
     train.__doc__ = _HELP

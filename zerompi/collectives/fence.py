@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 
 # Of each rank, one page: its counters, each in a cache line of its own, then two headers.
@@ -70,6 +71,7 @@ class Fence:
         rank, size: this rank's position among them.
         synchronise: a full memory barrier between the ranks (MPI_Win_sync).
         progress: called now and then while a rank waits, so that messages to other nodes move on.
+        asleep: entered while a rank sleeps.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Fence:
         size: int,
         synchronise: Callable[[], None],
         progress: Callable[[], object],
+        asleep: AbstractContextManager[object],
     ) -> None:
         self.rank, self.size = rank, size
         self.count = 0
@@ -89,6 +92,7 @@ class Fence:
         self._longs = memoryview(memory).cast("B").cast("Q")
         self._synchronise = synchronise
         self._progress = progress
+        self._asleep = asleep
         # A rank that has a core for itself looks a few times before it sleeps.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         self._looks = 0 if size > cores else 200
@@ -148,12 +152,17 @@ class Fence:
         for peer in self._peers:
             word = self._word(peer, line)
             looks = self._looks
-            while 0 < (number - (value := self._words[word])) % _MODULO < _MODULO // 2:
-                if looks:
-                    looks -= 1
-                else:
-                    self._sleep(word, value)
+            while 0 < (number - self._words[word]) % _MODULO < _MODULO // 2:
+                if not looks:
+                    self._sleep_until(word, number)
+                    break
+                looks -= 1
         self._synchronise()
+
+    def _sleep_until(self, word: int, number: int) -> None:
+        with self._asleep:
+            while 0 < (number - (value := self._words[word])) % _MODULO < _MODULO // 2:
+                self._sleep(word, value)
 
     def _sleep(self, word: int, value: int) -> None:
         """Sleep while the word has this value, for a tick at most."""

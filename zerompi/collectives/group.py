@@ -12,6 +12,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from zerompi.activity import Wait, listed
 from zerompi.arrays import host_bytes
 from zerompi.collectives import choice
 from zerompi.collectives.buffer import allocate
@@ -20,6 +21,7 @@ from zerompi.collectives.waiting import has_spare_cores, wait_all
 from zerompi.errors import MismatchError, ZerompiError
 from zerompi.topology import Topology
 from zerompi.traffic import INTER_GROUP, INTER_NODE, INTRA_NODE, Traffic
+from zerompi.watchdog import Watch, waiting
 
 Algorithm = Literal["flat", "hierarchical"]
 Messages = Sequence[tuple[int, Tensor]]
@@ -64,12 +66,15 @@ class Group:
         comm = MPI.COMM_WORLD if comm is None else comm
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm: expected an MPI intra-communicator, got {type(comm).__name__}")
-        own: MPI.Intracomm = comm.Dup()
-        try:
-            _agree_on_arguments(own, topology, algorithm)
-        except BaseException:
-            own.Free()
-            raise
+        with waiting("a new group"):
+            own: MPI.Intracomm = comm.Dup()
+            try:
+                _agree_on_arguments(own, topology, algorithm)
+            except BaseException:
+                own.Free()
+                raise
+            self._watch = Watch(own) if own.size > 1 else None
+        self._wait = Wait("a new group", tuple(range(own.size)), self._watch)
         try:
             self._set(own, topology, algorithm, Traffic(), polls=None)
         except ValueError:  # of a table of algorithms, on all ranks
@@ -104,7 +109,7 @@ class Group:
         self._polls = has_spare_cores(self.node_comm) if polls is None else polls
         self.node: SharedNode | None = None
         if layout.num_nodes < layout.size and (layout.is_single_node or algorithm != "flat"):
-            self.node = open_node(comm, self.node_comm, self._progress)
+            self.node = open_node(comm, self.node_comm, self._progress, self._wait)
         self._flat_limits: dict[str, int] = {}
         if is_free and algorithm == "hierarchical":
             shared = self.node is not None
@@ -142,6 +147,9 @@ class Group:
         ranks = ranks_of_each[color]
         comm = cast("MPI.Intracomm", self.comm.Split(color, ranks.index(self.rank)))
         group = Group.__new__(Group)
+        group._watch = None  # the whole's goes on
+        members = self._wait.members or ()
+        group._wait = Wait("a split", tuple(members[rank] for rank in ranks), self._watch)
         group._set(comm, self.topology.restrict(ranks), None, self.traffic, polls=self._polls)
         return group
 
@@ -173,6 +181,8 @@ class Group:
         self._check_open()
         if self.size == 1:
             return (flags,)
+        self._wait.what = signature
+        self._wait.number += 1
         headers = self._exchange_headers(_digest(signature), flags)
         if any(digest != headers[0][0] for digest, _ in headers):
             raise MismatchError(_disagreement(self.comm.allgather(signature)))
@@ -191,7 +201,8 @@ class Group:
             self._exchange_between_nodes(self.node, digest, flags)
         else:
             own = np.array([digest, flags], dtype=np.uint64)
-            wait_all([self.comm.Iallgather(own, self._headers)], polls=self._polls)
+            with self._wait:
+                wait_all([self.comm.Iallgather(own, self._headers)], polls=self._polls)
         return cast("list[tuple[int, int]]", self._headers.tolist())
 
     def _exchange_between_nodes(self, node: SharedNode, digest: int, flags: int) -> None:
@@ -204,8 +215,9 @@ class Group:
             own = np.array(node.fence.headers(number), dtype=np.uint64)
             counts = [2 * len(ranks) for ranks in ranks_of_node]
             everyone = np.empty((self.size, 2), dtype=np.uint64)
-            request = self.inter_node_comm.Iallgatherv(own, [everyone, counts])
-            wait_all([request], polls=self._polls)
+            with self._wait:
+                request = self.inter_node_comm.Iallgatherv(own, [everyone, counts])
+                wait_all([request], polls=self._polls)
             board[[rank for ranks in ranks_of_node for rank in ranks]] = everyone
         node.fence.cross()
         self._headers[:] = board
@@ -237,7 +249,8 @@ class Group:
                 for part in _parts(tensor):
                     requests.append(self.comm.Isend([part, MPI.BYTE], peer))
                     self.traffic.add(label, self._levels[peer], part.nbytes)
-            wait_all(requests, polls=self._polls)
+            with self._wait:
+                wait_all(requests, polls=self._polls)
 
     def _waves(
         self, messages: Messages, distance: Callable[[int], int]
@@ -280,6 +293,8 @@ class Group:
         if not self.is_closed and not MPI.Is_finalized():
             if self.node is not None:
                 self.node.close()
+            if self._watch is not None:
+                self._watch.close()
             for comm in (self.inter_node_comm, self.node_comm, self.comm):
                 comm.Free()
 
@@ -336,13 +351,8 @@ def _disagreement(signatures: Sequence[str]) -> str:
     for rank, signature in enumerate(signatures):
         ranks_of.setdefault(signature, []).append(rank)
     sides = [
-        f"rank{'s' if len(ranks) > 1 else ''} {_listed(ranks)}: {signature[:500]}"
+        f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}: {signature[:500]}"
         for signature, ranks in ranks_of.items()
     ]
     more = f"; and {len(sides) - 8} more" if len(sides) > 8 else ""
     return f"ranks disagree on what comes next: {'; '.join(sides[:8])}{more}"
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return ", ".join(str(rank) for rank in ranks[:8]) + more

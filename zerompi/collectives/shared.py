@@ -8,6 +8,7 @@ import os
 import resource
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -86,7 +87,13 @@ class SharedNode:
         half: which half of the staging memory was used last.
     """
 
-    def __init__(self, comm: MPI.Intracomm, num_ranks: int, progress: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        num_ranks: int,
+        progress: Callable[[], object],
+        asleep: AbstractContextManager[object],
+    ) -> None:
         self.comm = comm
         nbytes = [RANK_NBYTES] * comm.size
         nbytes[-1] += num_ranks * _HEADER_NBYTES
@@ -94,7 +101,7 @@ class SharedNode:
         self._window.parts(0, RANK_NBYTES, torch.uint8)[comm.rank].zero_()
         comm.Barrier()
         self.fence = Fence(
-            self._window.address, comm.rank, comm.size, self._window.synchronise, progress
+            self._window.address, comm.rank, comm.size, self._window.synchronise, progress, asleep
         )
         self.half = 0
         self._staging: Window | None = None
@@ -119,12 +126,16 @@ class SharedNode:
 
 
 def open_node(
-    comm: MPI.Intracomm, node_comm: MPI.Intracomm, progress: Callable[[], object]
+    comm: MPI.Intracomm,
+    node_comm: MPI.Intracomm,
+    progress: Callable[[], object],
+    asleep: AbstractContextManager[object],
 ) -> SharedNode | None:
     """The shared memory of this rank's node; None on all ranks if a node of `comm` has none.
 
     Collective. A node has none where the environment variable ZEROMPI_SHARED_MEMORY is 0, where a
     topology calls ranks one node that cannot reach each other's memory, or where there is no room.
+    `progress` and `asleep`: see `Fence`.
     """
     wanted = os.environ.get(_SWITCH, "1") != "0"
     reachable = node_comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -132,7 +143,7 @@ def open_node(
     reachable.Free()
     possible = possible and has_room((RANK_NBYTES + 2 * STAGING_NBYTES) * node_comm.size)
     possible = bool(comm.allreduce(possible, MPI.LAND))
-    return SharedNode(node_comm, comm.size, progress) if possible else None
+    return SharedNode(node_comm, comm.size, progress, asleep) if possible else None
 
 
 def has_room(nbytes: int) -> bool:

@@ -10,6 +10,7 @@ from mpi4py import MPI
 from zerompi.errors import ZerompiError
 from zerompi.launch import is_out_of_memory
 from zerompi.train.config import InputError
+from zerompi.watchdog import waiting
 
 _T = TypeVar("_T")
 
@@ -17,7 +18,8 @@ _T = TypeVar("_T")
 def agree_on_root(comm: MPI.Intracomm, work: Callable[[], _T]) -> _T:
     """Do `work` on rank 0; all ranks return its result, or raise one InputError. Collective."""
     result, text = _attempt(work) if comm.rank == 0 else (None, None)
-    shared: tuple[_T, str | None] = comm.bcast((result, text), root=0)
+    with waiting("rank 0, for what it decides alone"):
+        shared: tuple[_T, str | None] = comm.bcast((result, text), root=0)
     if shared[1] is not None:
         raise InputError(shared[1])
     return shared[0]
@@ -31,7 +33,8 @@ def agree(comm: MPI.Intracomm, work: Callable[[], _T]) -> _T:
     not.
     """
     result, text = _attempt(work)
-    texts: list[str | None] = comm.allgather(text)
+    with waiting("whether a rank has met wrong input"):
+        texts: list[str | None] = comm.allgather(text)
     failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
     if failed:
         rank, text = failed[0]

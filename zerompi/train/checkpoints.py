@@ -78,7 +78,7 @@ def _prepare(config: TrainConfig) -> Path | None:
                 f"{latest.name}, or choose another --out"
             )
         return None
-    if config.resume == "latest":
+    if config.resume in ("auto", "latest"):
         return latest
     path = Path(config.resume)
     if not (path / "state.json").is_file():

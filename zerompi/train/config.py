@@ -89,6 +89,17 @@ class TrainConfig:
     warmup: int = _option(40, _TRAINING, "Steps of linear warm-up before the cosine decay.")
     weight_decay: float = _option(0.1, _TRAINING, "AdamW's decay of matrices; vectors have none.")
     clip: float = _option(1.0, _TRAINING, "Largest norm of the gradient; 0 does not clip.")
+    max_time: float | None = _option(
+        None,
+        _TRAINING,
+        "Seconds after which everything is saved and the run has stopped; 0: no limit. None: what the "
+        "batch system tells.",
+    )
+    margin: float | None = _option(
+        None,
+        _TRAINING,
+        "Seconds of that time that are kept for the checkpoint. None: 120, or 5 % of the time.",
+    )
 
     eval_every: int = _option(
         100, _EVALUATION, "Steps between evaluations; 0 evaluates at the end."
@@ -97,12 +108,13 @@ class TrainConfig:
     sample: int = _option(256, _EVALUATION, "Tokens of the continuation sampled at the end.")
 
     out: str = _option("zerompi-out", _OUTPUT, "Directory of metrics, summary and checkpoints.")
-    save_every: int = _option(0, _OUTPUT, "Steps between checkpoints; 0 saves on a signal only.")
+    save_every: int = _option(0, _OUTPUT, "Steps between checkpoints; 0: when stopped only.")
     keep: int = _option(2, _OUTPUT, "Newest checkpoints that are kept; 0 keeps all.")
     resume: str | None = _option(
         None,
         _OUTPUT,
-        "Continue from a checkpoint directory, or from the latest in --out (no value).",
+        "Continue from a checkpoint directory, or (auto, latest, or no value) from the latest in "
+        "--out; from the beginning if there is none.",
     )
     progress: str = _option(
         "auto", _OUTPUT, "bar, lines, none; auto is a bar where the launcher has a terminal."
@@ -114,8 +126,9 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "a positive number")
         for name in ("seed", "warmup", "eval_every", "sample", "save_every", "keep"):
             self._require(name, getattr(self, name) >= 0, "a number that is not negative")
-        for name in ("weight_decay", "clip"):
-            self._require(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
+        for name in ("weight_decay", "clip", "max_time", "margin"):
+            value = getattr(self, name)
+            self._require(name, value is None or 0 <= value < float("inf"), "0 or more")
         for name in ("steps", "epochs", "lr"):
             value = getattr(self, name)
             self._require(name, value is None or 0 < value < float("inf"), "a positive number")

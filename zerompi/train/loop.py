@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from math import fsum
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch.nn.functional as F
 from mpi4py import MPI
 
+from zerompi.stop import StopRequest
 from zerompi.train.agreement import agree
 from zerompi.train.checkpoints import prepare_output, save_checkpoint
 from zerompi.train.config import TrainConfig
@@ -24,26 +24,31 @@ from zerompi.train.memory import peak_rss
 from zerompi.train.metrics import MetricsLog
 from zerompi.train.model import next_token_logits
 from zerompi.train.sample import sample_continuation
-from zerompi.train.signals import StopRequest
 from zerompi.train.summary import Meter, Summary, print_summary, summarise
+from zerompi.watchdog import waiting
 
 
 class _Outcome(NamedTuple):
     """How a step went, over all ranks."""
 
     metrics: StepMetrics
-    signal: int
+    stops: bool
 
 
 def train(config: TrainConfig, comm: MPI.Intracomm) -> Summary | None:
     """Train, evaluate, sample, and write everything under `config.out`. Collective.
 
     Returns:
-        The summary, on all ranks; None if a signal stopped the run.
+        The summary, on all ranks; None if a signal, or the end of its time, stopped the run.
 
     Raises:
         InputError: the configuration cannot be used; the same on all ranks, before training.
     """
+    with StopRequest(config.max_time, margin=config.margin) as stop:
+        return _train(config, comm, stop)
+
+
+def _train(config: TrainConfig, comm: MPI.Intracomm, stop: StopRequest) -> Summary | None:
     path = prepare_output(config, comm)
     job = prepare(config, comm)
     done = 0 if path is None else restore(job, path)
@@ -53,8 +58,7 @@ def train(config: TrainConfig, comm: MPI.Intracomm) -> Summary | None:
     display = make_display(config.progress, job.num_steps, done, shows=comm.rank == 0)
     _introduce(job, done, path, display)
     try:
-        with StopRequest() as stop:
-            summary = _Run(job, log, display, stop, done).run()
+        summary = _Run(job, log, display, stop, done).run()
     finally:
         display.close()
         if log is not None:
@@ -94,7 +98,7 @@ class _Run:
         self.meter = Meter()
 
     def run(self) -> Summary | None:
-        """Train until the last step, or until a signal."""
+        """Train until the last step, or until a stop is requested."""
         job, config = self.job, self.job.config
         saved = self.done
         loss: float | None = None
@@ -105,15 +109,15 @@ class _Run:
             self._record(outcome.metrics)
             if config.eval_every and step % config.eval_every == 0:
                 evaluation = self._evaluate(step)
-            if outcome.signal or (config.save_every and step % config.save_every == 0):
+            if outcome.stops or (config.save_every and step % config.save_every == 0):
                 path = save_checkpoint(job, step)
                 saved = step
-                if outcome.signal:
-                    self._say_stopped(outcome.signal, step, path)
+                if outcome.stops:
+                    self._say_stopped(step, path)
                     return None
-        evaluation = evaluation or self._evaluate(max(self.done, job.num_steps))
         if config.save_every and saved < job.num_steps:
             save_checkpoint(job, job.num_steps)
+        evaluation = evaluation or self._evaluate(max(self.done, job.num_steps))
         return self._finish(loss, evaluation)
 
     def _step(self, step: int, *, evaluated_before: bool) -> _Outcome:
@@ -150,13 +154,14 @@ class _Run:
             tokens_per_second=config.tokens_per_step / seconds,
             peak_rss=int(everyone[:, 2].max()),
         )
-        return _Outcome(metrics, int(everyone[:, 1].max()))
+        return _Outcome(metrics, self.stop.conclude(int(everyone[:, 1].max())))
 
     def _exchange(self, loss: float) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-        """Loss, signal and memory of every rank; (ranks, 3)."""
-        own = np.array([loss, self.stop.signal, peak_rss()], dtype=np.float64)
+        """Loss, request to stop and memory of every rank; (ranks, 3)."""
+        own = np.array([loss, self.stop.look(), peak_rss()], dtype=np.float64)
         everyone = np.empty((self.job.comm.size, 3), dtype=np.float64)
-        self.job.comm.Allgather(own, everyone)
+        with waiting("losses of all ranks"):
+            self.job.comm.Allgather(own, everyone)
         return everyone
 
     def _record(self, metrics: StepMetrics) -> None:
@@ -189,9 +194,9 @@ class _Run:
             )
         return evaluation
 
-    def _say_stopped(self, number: int, step: int, path: Path) -> None:
+    def _say_stopped(self, step: int, path: Path) -> None:
         self.display.say(
-            f"stopped by {signal.Signals(number).name} after step {step}; saved {path}; the same "
+            f"stopped by {self.stop.reason} after step {step}; saved {path}; the same "
             "command with --resume continues"
         )
 

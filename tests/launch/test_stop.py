@@ -1,0 +1,107 @@
+"""Requests to stop: signals and the end of the job's time, agreed on by all ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from mpi4py import MPI
+
+import zerompi
+from zerompi import stop
+
+
+@pytest.fixture(autouse=True)
+def no_batch_system(monkeypatch):
+    for name in ("ZEROMPI_END_TIME", "SLURM_JOB_END_TIME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_to_one_rank_stops_all(comm, name):
+    before = signal.getsignal(signal.Signals[name])
+    with zerompi.StopRequest() as request:
+        assert not request.requested(comm)
+        if comm.rank == comm.size - 1:
+            os.kill(os.getpid(), signal.Signals[name])
+        assert request.requested(comm)
+        assert request.reason == name
+    assert signal.getsignal(signal.Signals[name]) is before
+
+
+def test_the_end_of_one_ranks_time_stops_all(comm):
+    last = comm.rank == comm.size - 1
+    request = zerompi.StopRequest(1e-9 if last else 0)
+    time.sleep(0.01)
+    assert request.requested(comm)
+    assert request.reason == "the end of its time"
+
+
+def test_time_is_kept_for_a_step_like_the_longest_and_for_the_checkpoint(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    request = zerompi.StopRequest(60, margin=10)
+    seen = []
+    for now in (120, 135, 136, 146):  # noqa: B007 (the clock reads it)
+        seen.append(request.requested(MPI.COMM_SELF))
+    # Before the first look it has trained nothing. At 136 a step of 15 s ends at 151, after 150.
+    assert seen == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("left", "expected"), [(10_000, 9_880), (100, 95)])
+def test_the_margin_is_two_minutes_or_a_part_of_a_short_time(monkeypatch, left, expected):
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    clock = 0.0
+    request = zerompi.StopRequest(left)
+    clock = expected - 1
+    assert not request.look()
+    clock = expected + 1
+    assert request.look()
+
+
+@pytest.mark.parametrize("name", ["ZEROMPI_END_TIME", "SLURM_JOB_END_TIME"])
+def test_the_end_is_read_from_the_batch_system(monkeypatch, name):
+    monkeypatch.setenv(name, str(int(time.time()) + 100))
+    assert 90 < stop.seconds_to_end() <= 100
+
+
+@pytest.mark.parametrize("value", ["", "NONE", "1000", "inf"])
+def test_an_end_that_has_passed_or_is_none_is_no_limit(monkeypatch, value):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", value)
+    assert stop.seconds_to_end() == float("inf")
+
+
+def test_a_limit_of_zero_overrides_the_batch_system(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1))
+    assert not zerompi.StopRequest(0, margin=10).look()
+    assert zerompi.StopRequest(margin=10).look()
+
+
+@pytest.mark.parametrize("arguments", [{"max_time": -1}, {"margin": float("nan")}])
+def test_wrong_times_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"expected seconds, 0 or more, got"):
+        zerompi.StopRequest(**arguments)
+
+
+def test_a_loop_of_ones_own_stops_saves_and_ends_with_its_status(run_mpi, tmp_path):
+    program = f"""
+import os, signal, sys, torch, zerompi
+model = torch.nn.Linear(4, 4)
+zero = zerompi.partition(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
+with zerompi.StopRequest() as stop:
+    for step in range(1, 1000):
+        model(torch.ones(4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 3 and zero.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        if stop.requested():
+            zero.save({str(tmp_path / "saved")!r}, extra={{"step": step}})
+            sys.exit(stop.exit_status)
+"""
+    job = run_mpi(2, ["-c", program], timeout=60)
+    assert job.returncode == 75, job.output
+    assert "[rank" not in job.output  # no failure is reported
+    assert (tmp_path / "saved" / "state.json").is_file()
