@@ -59,7 +59,7 @@ def train(config: TrainConfig, comm: MPI.Intracomm) -> Summary | None:
         display.close()
         if log is not None:
             log.close()
-    job.zero.close()  # not after an exception: it is collective
+    agree(comm, job.zero.close)  # not after an exception: it is collective
     return summary
 
 
@@ -106,7 +106,8 @@ class _Run:
             if config.eval_every and step % config.eval_every == 0:
                 evaluation = self._evaluate(step)
             if outcome.signal or (config.save_every and step % config.save_every == 0):
-                path = save_checkpoint(job, step)
+                blocking = bool(outcome.signal) or not config.save_in_background
+                path = save_checkpoint(job, step, blocking=blocking)
                 saved = step
                 if outcome.signal:
                     self._say_stopped(outcome.signal, step, path)
