@@ -554,7 +554,7 @@ class Zero:
             if not launch.is_alone():
                 self._agree("end of the program")
             self._saves.finish_at_exit()
-        except ZerompiError as error:  # nobody else would see it: atexit swallows exceptions
+        except Exception as error:  # nobody else would see it: atexit swallows exceptions
             launch.report_and_abort(type(error), error, error.__traceback__)
 
     def __enter__(self) -> Zero:
