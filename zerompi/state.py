@@ -1,20 +1,16 @@
-"""What of a partition goes into a checkpoint, and how it comes back."""
+"""What of a partition goes into a checkpoint; restore.py has the way back."""
 
 from __future__ import annotations
 
-import base64
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zerompi.checkpoint import CheckpointReader, Slice, TensorSpec, TensorTable
+from zerompi.checkpoint import Slice, TensorSpec, TensorTable
 from zerompi.errors import ZerompiError
-from zerompi.optimizer import is_elementwise_shape, is_elementwise_state
+from zerompi.optimizer import is_elementwise_state
 from zerompi.segment import Segment
 from zerompi.unit import Unit
 
@@ -133,55 +129,62 @@ def plain_optimizer_state(optimizer: Optimizer | None, units: Sequence[Unit]) ->
         for key, value in state.items()
         if not isinstance(value, Tensor)
     }
-    return {"param_groups": groups, "values": values}
+    return {"class": type(optimizer).__name__, "param_groups": groups, "values": values}
 
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
 
-# -- reading -----------------------------------------------------------------------------------
+# -- names -------------------------------------------------------------------------------------
 
 
-def check_model(
-    reader: CheckpointReader, model: nn.Module, units: Sequence[Unit], aliases: Mapping[str, str]
-) -> None:
-    """Refuse a checkpoint whose tensors are not the model's, before anything is overwritten.
+class Match(NamedTuple):
+    """Which tensors of a state dict are the model's.
 
-    Raises:
-        ZerompiError: tensors are missing, unexpected or of another shape; all are named.
+    Attributes:
+        stored: the model's name -> the state dict's, for those of the same shape.
+        problems: what is missing, unexpected or of another shape, one sentence each.
     """
-    shapes = {name: spec.shape for name, spec in reader.model_specs.items()}
-    check_names("the checkpoint", shapes, model, units, aliases)
+
+    stored: dict[str, str]
+    problems: list[str]
 
 
-def check_names(
-    what: str,
+def match_names(
     shapes: Mapping[str, Sequence[int]],
     model: nn.Module,
     units: Sequence[Unit],
     aliases: Mapping[str, str],
-) -> None:
-    """Refuse names and shapes that are not those of the model's state dict.
+) -> Match:
+    """Compare the names and shapes of a state dict with those of the model's."""
+    expected = {entry.name: entry.shape for entry in entries(units)}
+    expected.update({name: tuple(b.shape) for name, b in persistent_buffers(model).items()})
+    stored = {aliases.get(name, name): name for name in shapes}
+    problems = []
+    missing = [name for name in expected if name not in stored]
+    unexpected = [name for name in stored if name not in expected]
+    if missing:
+        problems.append(f"missing: {listed(missing)}")
+    if unexpected:
+        problems.append(f"unexpected: {listed(unexpected)}")
+    matching = {}
+    for name, shape in expected.items():
+        if name in stored:
+            found = tuple(shapes[stored[name]])
+            if found == shape:
+                matching[name] = stored[name]
+            else:
+                problems.append(f"{name}: expected shape {shape}, got {found}")
+    return Match(matching, problems)
+
+
+def refuse_problems(what: str, problems: Sequence[str]) -> None:
+    """Raise if there are any.
 
     Raises:
         ZerompiError: `what` lacks tensors, has unexpected ones, or some of another shape.
     """
-    expected = {entry.name: entry.shape for entry in entries(units)}
-    expected.update({name: tuple(b.shape) for name, b in persistent_buffers(model).items()})
-    found = {aliases.get(name, name): tuple(shape) for name, shape in shapes.items()}
-    problems = []
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    if missing:
-        problems.append(f"missing: {_listed(missing)}")
-    if unexpected:
-        problems.append(f"unexpected: {_listed(unexpected)}")
-    problems += [
-        f"{name}: expected shape {shape}, got {found[name]}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
     if problems:
         raise ZerompiError(f"{what} is not of this model: " + "; ".join(problems[:20]))
 
@@ -196,131 +199,7 @@ def aliases(model: nn.Module, units: Sequence[Unit]) -> dict[str, str]:
     }
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first of many names."""
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more
-
-
-def read_model(
-    reader: CheckpointReader, model: nn.Module, units: Sequence[Unit], aliases: Mapping[str, str]
-) -> None:
-    """Read this rank's slices of the main weights, and all buffers."""
-    stored = {aliases.get(name, name): name for name in reader.model_specs}
-    for entry in entries(units):
-        name, segment = stored[entry.name], entry.segment
-        piece = entry.piece.detach()
-        if piece.shape == entry.shape and segment.is_main_replicated:
-            reader.read_model(name, 0, piece.numel(), piece.reshape(-1))
-        else:
-            (start, stop), values = segment.own_values(entry.position)
-            reader.read_model(name, start, stop, values)
-    for name, buffer in persistent_buffers(model).items():
-        values = torch.empty(buffer.numel(), dtype=buffer.dtype)
-        reader.read_model(stored[name], 0, buffer.numel(), values)
-        buffer.detach().copy_(values.view(buffer.shape))
-
-
-def check_optimizer_state(
-    reader: CheckpointReader, optimizer: Optimizer, units: Sequence[Unit]
-) -> None:
-    """Refuse a checkpoint whose param groups are not the optimizer's, before anything is overwritten.
-
-    Raises:
-        ZerompiError: other groups, or state of parameters that the model has not.
-    """
-    names = {id(entry.piece): entry.name for entry in entries(units)}
-    ours = [[names[id(piece)] for piece in group["params"]] for group in optimizer.param_groups]
-    plain = reader.state.get("optimizer", {})
-    theirs = [list(group["parameters"]) for group in plain.get("param_groups", [])]
-    if ours != theirs:
-        raise ZerompiError(
-            f"the checkpoint's optimizer has {len(theirs)} param groups with "
-            f"{[len(group) for group in theirs]} parameters, this one {len(ours)} with "
-            f"{[len(group) for group in ours]}: expected the same parameters in the same groups"
-        )
-    known = set(names.values())
-    for full_name in [*reader.optimizer_specs, *plain.get("values", {})]:
-        _, _, name = full_name.partition(".")
-        if name not in known:
-            raise ZerompiError(
-                f"the checkpoint has optimizer state for {name!r}, the model has not"
-            )
-
-
-def read_optimizer(reader: CheckpointReader, optimizer: Optimizer, units: Sequence[Unit]) -> None:
-    """Replace the optimizer's state and settings by the checkpoint's, this rank's slices only."""
-    by_name = {entry.name: entry for entry in entries(units)}
-    plain = reader.state.get("optimizer", {})
-    for group, settings in zip(optimizer.param_groups, plain["param_groups"], strict=True):
-        _read_group(group, settings)
-    states: dict[Tensor, dict[str, Any]] = {}
-    for full_name, spec in reader.optimizer_specs.items():
-        key, _, name = full_name.partition(".")
-        if name not in by_name:
-            raise ZerompiError(
-                f"the checkpoint has optimizer state for {name!r}, the model has not"
-            )
-        entry = by_name[name]
-        if is_elementwise_shape(key, spec.shape, entry.shape):
-            value = torch.empty(entry.piece.shape, dtype=spec.dtype)
-            start, stop = _own_range(entry)
-            reader.read_optimizer(full_name, start, stop, value.view(-1))
-        else:
-            value = torch.empty(1, dtype=spec.dtype)
-            reader.read_optimizer(full_name, 0, 1, value)
-            value = value.view(())
-        states.setdefault(entry.piece, {})[key] = value
-    for full_name, plain_value in plain.get("values", {}).items():
-        key, _, name = full_name.partition(".")
-        states.setdefault(by_name[name].piece, {})[key] = plain_value
-    optimizer.state.clear()
-    optimizer.state.update(states)
-
-
-def _own_range(entry: Entry) -> tuple[int, int]:
-    if entry.segment.is_main_replicated:
-        return 0, entry.piece.numel()
-    return entry.segment.layout.piece(entry.position, entry.segment.shard_index).in_parameter
-
-
-def _read_group(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    for key, value in settings.items():
-        if key == "parameters":
-            continue
-        if isinstance(group.get(key), Tensor):
-            group[key].fill_(value)
-        elif isinstance(group.get(key), tuple):
-            group[key] = tuple(value)
-        else:
-            group[key] = value
-
-
-# -- random number generators ------------------------------------------------------------------
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of torch's, NumPy's and Python's global generators, for JSON."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, words, next_gauss = random.getstate()
-    return {
-        "torch": base64.b64encode(bytes(torch.get_rng_state().numpy())).decode(),
-        "numpy": [
-            name,
-            base64.b64encode(np.asarray(keys).tobytes()).decode(),
-            position,
-            has_gauss,
-            gauss,
-        ],
-        "python": [version, list(words), next_gauss],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """The reverse of `rng_state`."""
-    raw = bytearray(base64.b64decode(state["torch"]))
-    torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    words = np.frombuffer(base64.b64decode(keys), dtype=np.uint32)
-    np.random.set_state((name, words, position, has_gauss, gauss))
-    version, python_words, next_gauss = state["python"]
-    random.setstate((version, tuple(python_words), next_gauss))

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import atexit
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zerompi import launch, registry
+from zerompi import launch, registry, restore
 from zerompi import state as states
 from zerompi.accounting import measure_parameters, memory_report
 from zerompi.activity import phase, progress
 from zerompi.agreement import agreement
-from zerompi.checkpoint import CheckpointReader, write_checkpoint
-from zerompi.errors import MismatchError, ZerompiError
+from zerompi.checkpoint import (
+    BackgroundSaves,
+    CheckpointReader,
+    WriteOptions,
+    open_draft,
+    snapshot,
+    write_checkpoint,
+)
+from zerompi.errors import ZerompiError
+from zerompi.generators import generator_states
 from zerompi.hooks import Hooks
 from zerompi.optimizer import PieceOptimizer
 from zerompi.placement import Placement
 from zerompi.report import Report
 from zerompi.segment import Context
 from zerompi.unit import Unit
+
+_DEFAULTS = WriteOptions()
+
+_log = logging.getLogger("zerompi")
 
 
 class Zero:
@@ -65,6 +78,8 @@ class Zero:
         registry.register((entry.name, entry.parameter) for entry in states.entries(units))
         if optimizer is not None:
             self._guards.append(optimizer.register_step_post_hook(self._end_of_step))
+        self._saves = BackgroundSaves(context.world.comm, context.memory)
+        self._skipped: list[str] = []
         self._closed = False
         self._num_steps = 0
         self._traffic_mark = context.world.traffic.snapshot()
@@ -104,6 +119,11 @@ class Zero:
         """
         group = self._context.shard_group
         return group.topology.num_nodes if self._context.is_shared else group.size
+
+    @property
+    def skipped(self) -> list[str]:
+        """What the last `load(strict=False)` has not loaded and why, one sentence each."""
+        return list(self._skipped)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -260,7 +280,8 @@ class Zero:
             if self.rank == 0:
                 given = {key: torch.as_tensor(value) for key, value in (sd or {}).items()}
                 shapes = {key: value.shape for key, value in given.items()}
-                states.check_names("sd", shapes, self._model, self._units, self._aliases)
+                match = states.match_names(shapes, self._model, self._units, self._aliases)
+                states.refuse_problems("sd", match.problems)
                 given = {self._aliases.get(key, key): value for key, value in given.items()}
         for unit in self._units:
             for segment in unit.segments:
@@ -278,7 +299,17 @@ class Zero:
     # -- checkpoints ---------------------------------------------------------------------------
 
     @phase("save")
-    def save(self, path: str | PathLike[str], *, extra: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        extra: Mapping[str, Any] | None = None,
+        blocking: bool = True,
+        if_pending: Literal["wait", "refuse"] = "wait",
+        keep: int = 0,
+        include: Sequence[str | PathLike[str]] = (),
+        max_shard_size: int = _DEFAULTS.max_shard_nbytes,
+    ) -> None:
         """Write a checkpoint directory that is complete or absent. Collective.
 
         `model.safetensors` has the main weights and buffers under their Hugging Face names,
@@ -287,13 +318,35 @@ class Zero:
         `extra`, which must be JSON (rank 0's is kept). Every rank writes its own byte ranges; none
         holds the whole model.
 
+        A path named `step-N` belongs to a series: the symbolic link `latest` beside it moves to it, after
+        it is complete.
+
+        With `blocking=False` each rank copies what it has to write, on the host, and a thread writes
+        it while training goes on. The checkpoint is at `path` soon after the last rank has
+        written, at the end of a step; `wait_for_save`, `save`, `load`, `close` and the end of the
+        program wait for it. What goes wrong is logged at once and raised by the next of these.
+
+        Args:
+            path: on a file system that all ranks share.
+            extra: JSON of the program's own: step, scheduler, position in the data.
+            blocking: whether the checkpoint is complete when this returns.
+            if_pending: what to do while an earlier save is still going on: wait for it, or raise.
+            keep: in a series, how many of the newest checkpoints stay; 0 keeps all.
+            include: files that rank 0 copies into the directory, such as config.json.
+            max_shard_size: bytes beyond which tensors go into further files, with an index.
+
         Raises:
-            CheckpointError: it could not be written (on all ranks; what was at `path` is untouched).
+            CheckpointError: it could not be written (on all ranks; what was at `path` is untouched), or
+                an earlier one in the background could not.
+            ValueError: an argument is out of its range.
+            ZerompiError: an earlier save is going on, with `if_pending="refuse"`.
         """
+        options = _write_options(if_pending, keep, include, max_shard_size)
         self._agree(f"save of {path}")
+        self._make_way(if_pending)
         comm, optimizer = self._context.world.comm, self._optimizer.optimizer
         self._hooks.buffers.synchronise()
-        rng = comm.gather(states.rng_state(), root=0)
+        rng = comm.gather(generator_states(), root=0)
         with agreement(comm):
             model = states.model_table(self._model, self._units)
             optimizer_state = states.optimizer_table(optimizer, self._units)
@@ -303,46 +356,86 @@ class Zero:
                 "loss_scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "rng": rng,
             }
-        write_checkpoint(Path(path), model, optimizer_state, rest, comm)
+            if not blocking:
+                model, optimizer_state = snapshot(model), snapshot(optimizer_state)
+        if blocking:
+            write_checkpoint(Path(path), model, optimizer_state, rest, comm, options)
+        else:
+            draft = open_draft(Path(path), model, optimizer_state, rest, comm, options)
+            self._saves.begin(draft, rest)
+
+    def _make_way(self, if_pending: str) -> None:
+        comm = self._context.world.comm
+        if if_pending == "refuse" and any(comm.allgather(self._saves.is_pending)):
+            raise ZerompiError("save: expected no save to be going on, got one in the background")
+        self._saves.finish()
+
+    def wait_for_save(self) -> None:
+        """Wait until the checkpoint of a `save(blocking=False)` is at its path. Collective.
+
+        Raises:
+            CheckpointError: it could not be written (on all ranks; what was there is untouched).
+        """
+        self._agree("wait_for_save")
+        self._saves.finish()
 
     @phase("load")
     def load(
-        self, path: str | PathLike[str], *, names: Callable[[str], str | None] | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        names: Callable[[str], str | None] | None = None,
+        strict: bool = True,
     ) -> dict[str, Any]:
         """Load a checkpoint, or the weights of a Hugging Face directory; return `extra`. Collective.
 
-        Each rank reads its slices only. Any number of ranks and any stage may have written it. The
-        random generators are restored if the number of ranks is the same. `names` maps the stored
-        name of a weight or buffer to the model's; None leaves it out.
+        Each rank reads its slices only. Any number of ranks and any stage may have written it. Everything is
+        read and verified before anything is overwritten. Each rank's random generators go on as
+        they were; at another number of ranks, see `zerompi.generators.states_of_rank`.
+
+        Args:
+            path: the directory.
+            names: maps the stored name of a weight or buffer to the model's; None leaves it out.
+            strict: whether model and optimizer have to match; else what matches is loaded, the
+                rest stays as it is, and `skipped` tells what that is.
 
         Raises:
-            ZerompiError: it is not of this model (on all ranks, before anything is overwritten).
-            CheckpointError: it cannot be read or is damaged (on all ranks; of damage inside a tensor, which
-                is found as it is read, after some tensors may have been overwritten: load another one).
+            ZerompiError: it is not of this model.
+            CheckpointError: it cannot be read or is damaged.
+                Both on all ranks, and nothing is overwritten.
         """
-        self._agree("load")
-        comm, optimizer = self._context.world.comm, self._optimizer.optimizer
+        self._agree(f"load(strict={strict})")
+        self._saves.finish()
+        world = self._context.world
+        target = restore.Target(
+            self._model,
+            self._optimizer.optimizer,
+            self._units,
+            self._aliases,
+            self._scaler,
+            world.rank,
+            world.size,
+        )
         with ExitStack() as stack:
-            with agreement(comm):
+            with agreement(world.comm):
                 reader = stack.enter_context(CheckpointReader(Path(path), names=names))
-                states.check_model(reader, self._model, self._units, self._aliases)
-                if optimizer is not None and reader.state:
-                    states.check_optimizer_state(reader, optimizer, self._units)
-            with agreement(comm):
-                states.read_model(reader, self._model, self._units, self._aliases)
-                if optimizer is not None and reader.state:
-                    states.read_optimizer(reader, optimizer, self._units)
-            saved = dict(reader.state)
+                plan = restore.plan(reader, target, strict=strict)
+            with agreement(world.comm):
+                restoration = restore.read(reader, target, plan)
+        extra = restoration.extra
+        restoration.apply(target)
         self._hooks.release_kept()
         self._optimizer.refresh(everything=True)
-        rng = saved.get("rng") or []
-        with agreement(comm):
-            if self._scaler is not None and saved.get("loss_scaler"):
-                self._scaler.load_state_dict(saved["loss_scaler"])
-            if len(rng) == self.size:
-                states.set_rng_state(rng[self.rank])
-        self._uninitialised.difference_update(self._state_keys)
-        return dict(saved.get("extra") or {})
+        self._note_loaded(plan)
+        return extra
+
+    def _note_loaded(self, plan: restore.Plan) -> None:
+        loaded = set(plan.match.stored)
+        loaded.update(alias for alias, name in self._aliases.items() if name in loaded)
+        self._uninitialised -= loaded
+        self._skipped = plan.skipped
+        if self._skipped and self.rank == 0:
+            _log.warning("load(strict=False) skipped: %s", "; ".join(self._skipped[:20]))
 
     # -- report --------------------------------------------------------------------------------
 
@@ -365,6 +458,7 @@ class Zero:
         self._step_traffic = traffic.difference(self._traffic_mark)
         self._traffic_mark = traffic.snapshot()
         self._step_times = self._context.times.reset()
+        self._saves.poll()
 
     # -- guards --------------------------------------------------------------------------------
 
@@ -418,14 +512,24 @@ class Zero:
     def close(self) -> None:
         """Remove the hooks and free the communicators. Collective; a second call does nothing.
 
-        Until then the partition, and with it the model, stays alive. The model is left as it is:
+        A checkpoint that is still being written is completed first. Until then the partition, and with it the model, stays alive. The model is left as it is:
         copies of the parameters can be taken before, with `full_state_dict` or inside `gathered`.
+
+        Raises:
+            CheckpointError: that checkpoint could not be written; everything is freed all the same.
         """
         if self._closed:
             return
         with phase("close"):
             self._agree("close of the partition")
         self._closed = True
+        try:
+            self._saves.finish()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._saves.close()
         self._context.thread.close()
         atexit.unregister(self._at_exit)
         self._hooks.remove()
@@ -452,12 +556,15 @@ class Zero:
             window.close()
 
     def _at_exit(self) -> None:
-        """Tell ranks that still train that this one has ended, so that they do not wait for it."""
-        if not self._closed and not launch.is_alone():
-            try:
+        """Tell ranks that still train that this one has ended; complete a checkpoint on its way."""
+        if self._closed:
+            return
+        try:
+            if not launch.is_alone():
                 self._agree("end of the program")
-            except MismatchError as error:  # nobody else would see it: atexit swallows exceptions
-                launch.report_and_abort(type(error), error, error.__traceback__)
+            self._saves.finish_at_exit()
+        except Exception as error:  # nobody else would see it: atexit swallows exceptions
+            launch.report_and_abort(type(error), error, error.__traceback__)
 
     def __enter__(self) -> Zero:
         return self
@@ -470,6 +577,17 @@ class Zero:
     ) -> None:
         if kind is None:
             self.close()
+
+
+def _write_options(
+    if_pending: str, keep: int, include: Sequence[str | PathLike[str]], max_shard_size: int
+) -> WriteOptions:
+    if if_pending not in ("wait", "refuse"):
+        raise ValueError(f"if_pending: expected 'wait' or 'refuse', got {if_pending!r}")
+    for name, value, least in (("keep", keep, 0), ("max_shard_size", max_shard_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
+    return WriteOptions(max_shard_size, keep, [Path(file) for file in include])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from zerompi.checkpoint import Slice, TensorSpec, TensorTable, write_checkpoint
+from zerompi.checkpoint import Slice, TensorSpec, TensorTable, WriteOptions, write_checkpoint
 
 
 def uneven_cuts(numel: int, size: int) -> list[int]:
@@ -57,7 +57,7 @@ def save() -> Callable[..., None]:
             table_of(optimizer or {}, comm.rank, comm.size),
             dict(state or {}),
             comm,
-            **settings,
+            WriteOptions(**settings),
         )
 
     return save_tensors

@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 from safetensors.torch import load_file
 
-from zerompi.checkpoint import find_latest, remove_leftovers
+from zerompi.checkpoint import directory, find_latest, remove_leftovers
 
 SAVE = textwrap.dedent(
     """
@@ -22,7 +22,7 @@ SAVE = textwrap.dedent(
     import torch
     import zerompi
     from mpi4py import MPI
-    from zerompi.checkpoint import Slice, TensorSpec, TensorTable, write_checkpoint
+    from zerompi.checkpoint import Slice, TensorSpec, TensorTable, directory, write_checkpoint
 
     path, rank, call, name = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     comm = MPI.COMM_WORLD
@@ -36,6 +36,8 @@ SAVE = textwrap.dedent(
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args)
 
+    if name == "Path.rename":
+        directory.exchange = lambda first, second: False
     if comm.rank == rank:
         setattr(owner, method, deadly)
     names = [f"w{i}" for i in range(3)]
@@ -81,6 +83,37 @@ def test_there_may_be_no_latest(tmp_path) -> None:
     assert find_latest(tmp_path / "absent") is None
 
 
+def test_latest_moves_to_each_new_step_and_older_ones_go(tmp_path, save) -> None:
+    for step in (1, 2, 30, 4):
+        save(tmp_path / f"step-{step}", {"a": torch.ones(2)}, MPI.COMM_SELF, keep=2)
+        assert (tmp_path / "latest").readlink() == Path(f"step-{step}")
+    # Older than 4 is what had fewer steps.
+    assert {p.name for p in tmp_path.iterdir()} == {"step-2", "step-4", "step-30", "latest"}
+    assert load_file(tmp_path / "latest/model.safetensors").keys() == {"a"}
+
+
+def test_other_names_are_no_series_and_a_latest_of_others_stays(tmp_path, save) -> None:
+    save(tmp_path / "best", {"a": torch.ones(2)}, MPI.COMM_SELF, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+    (tmp_path / "latest").write_text("a file")
+    save(tmp_path / "step-1", {"a": torch.ones(2)}, MPI.COMM_SELF, keep=1)
+    assert (tmp_path / "latest").read_text() == "a file"
+
+
+def test_where_directories_can_be_exchanged_the_path_is_never_empty(
+    tmp_path, save, monkeypatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    if not directory.exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange directories")
+    save(tmp_path / "step-1", {"a": torch.ones(2)}, MPI.COMM_SELF)
+    monkeypatch.setattr(Path, "rename", None)
+    save(tmp_path / "step-1", {"b": torch.ones(2)}, MPI.COMM_SELF)
+    assert load_file(tmp_path / "step-1/model.safetensors").keys() == {"b"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "step-1", "latest"}
+
+
 # -- leftovers ---------------------------------------------------------------------------------
 
 
@@ -92,8 +125,9 @@ def test_leftovers_of_dead_writers_are_removed(tmp_path, save) -> None:
     elsewhere = leftover(tmp_path, "tmp", "another-host", 1)
     for path in (*elsewhere.iterdir(), elsewhere):
         os.utime(path, (0, 0))
+    (tmp_path / f".latest.tmp-{host}-{dead_pid()}-0123abcd").symlink_to("step-7")
     remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-7"]
+    assert {path.name for path in tmp_path.iterdir()} == {"step-7", "latest"}
 
 
 def test_a_checkpoint_moved_aside_comes_back(tmp_path) -> None:
@@ -133,9 +167,9 @@ def test_a_killed_writer_leaves_the_path_as_it_was(
     result = run_mpi(2, ["-c", SAVE, path, rank, call, name], timeout=60)
     assert result.returncode != 0
     assert path.exists() == existing
-    assert len(list(tmp_path.iterdir())) == 1 + existing, result.output
+    assert len(list(tmp_path.iterdir())) == 1 + 2 * existing, result.output
     remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == (["step-1"] if existing else [])
+    assert {p.name for p in tmp_path.iterdir()} == ({"step-1", "latest"} if existing else set())
     if existing:
         assert load_file(path / "model.safetensors").keys() == {"old"}
 
@@ -148,7 +182,7 @@ def test_a_writer_killed_between_the_renames_loses_nothing(tmp_path, save, run_m
     assert result.returncode != 0
     assert not path.exists()
     remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    assert {p.name for p in tmp_path.iterdir()} == {"step-1", "latest"}
     assert load_file(path / "model.safetensors").keys() == {"old"}
 
 

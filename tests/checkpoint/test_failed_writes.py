@@ -17,6 +17,7 @@ from zerompi.checkpoint import (
     Slice,
     TensorSpec,
     TensorTable,
+    directory,
     write_checkpoint,
 )
 from zerompi.errors import MismatchError, ZerompiError
@@ -88,6 +89,7 @@ def test_a_failed_rename_leaves_what_was_there(
         return original(self, target)
 
     with monkeypatch.context() as patch:
+        patch.setattr(directory, "exchange", lambda first, second: False)
         patch.setattr(Path, "rename", rename)
         with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)):
             save(shared_path / "c", random_tensors(1), comm)

@@ -68,4 +68,4 @@ def test_a_saved_checkpoint_replaces_older_ones_never_itself(
     job.zero.close()
     assert path.name == "step-5"
     names = {other.name for other in path.parent.iterdir() if other.name[0] != "."}
-    assert names == {*kept, "step-16", "step-best"}
+    assert names == {*kept, "step-16", "step-best", "latest"}

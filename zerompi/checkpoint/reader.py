@@ -73,8 +73,8 @@ class CheckpointReader:
             try:
                 self.state = _read_state(self.path)
                 self._model = _open_files(self.path, "model", self.state, stack)
-                if not self.state and not self._model:
-                    _refuse_without_model(self.path)
+                if not self.state:
+                    _refuse_incomplete(self.path, has_model=bool(self._model))
                 if names is not None:
                     self._model = _renamed(self._model, names)
                 # Without a state.json such a file is not ours.
@@ -91,6 +91,7 @@ class CheckpointReader:
         """Read elements [start, stop) of a weight or buffer into `out`, (stop - start,).
 
         `out` may have another dtype, where torch casts to it without changing the kind of number.
+        After an exception its values are undefined.
 
         Raises:
             CheckpointError: there are no such elements, they are damaged, or `out` cannot hold them.
@@ -135,15 +136,11 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{file.path}: {name}: expected {out.dtype} or what casts to it, got {spec.dtype}"
             )
-        itemsize, done = spec.dtype.itemsize, 0
-        for raw in _read_bytes(file, begin + start * itemsize, begin + stop * itemsize):
-            if raw.storage_offset() % itemsize or raw.numel() % itemsize:
-                raise CheckpointError(
-                    f"{self.path / STATE_NAME}: {name}: a checksum cuts an element"
-                )
-            values = raw.view(spec.dtype)
-            out.detach()[done : done + values.numel()].copy_(values)
-            done += values.numel()
+        first = begin + start * spec.dtype.itemsize
+        try:
+            _read_range(file, first, spec.dtype, out.detach())
+        except OSError as error:
+            raise CheckpointError(f"{file.path}: {error.strerror}") from error
 
 
 # -- opening -----------------------------------------------------------------------------------
@@ -171,7 +168,15 @@ def _renamed(places: Mapping[str, _Place], names: Callable[[str], str | None]) -
     return {name: places[stored] for name, stored in stored_as.items()}
 
 
-def _refuse_without_model(directory: Path) -> None:
+def _refuse_incomplete(directory: Path, *, has_model: bool) -> None:
+    """Refuse a directory without `state.json` that is no Hugging Face directory either."""
+    if find_files(directory, "optimizer"):
+        raise CheckpointError(
+            f"{directory / STATE_NAME}: expected a file, got nothing there: optimizer.safetensors "
+            "belongs to a checkpoint"
+        )
+    if has_model:
+        return
     pickled = sorted(path.name for path in directory.glob("pytorch_model*.bin*"))
     if pickled:
         raise CheckpointError(
@@ -199,6 +204,10 @@ def _open_files(
         stack.callback(os.close, descriptor)
         header = read_header(descriptor, str(path))
         file = _OpenFile(path, descriptor, header, _checksums_of(path, header, state))
+        if tensors is not None and state and len(tensors) < len(header.tensors):
+            raise CheckpointError(
+                f"{index_path(directory, stem)}: expected all tensors of {name}, got some"
+            )
         for tensor in header.tensors if tensors is None else tensors:
             if tensor not in header.tensors:
                 raise CheckpointError(f"{path}: expected a tensor {tensor}, got none")
@@ -209,47 +218,78 @@ def _open_files(
 def _checksums_of(path: Path, header: Header, state: Mapping[str, Any]) -> FileChecksums | None:
     if not state:
         return None
+    content = state["checksums"].get(path.name)
+    if isinstance(content, dict) and zlib.crc32(header.raw) != content.get("header"):
+        raise CheckpointError(f"{path}: the header is damaged: its checksum differs")
     try:
-        checksums = parse_checksums(state["checksums"].get(path.name), header.data_nbytes)
+        return parse_checksums(content, header)
     except CheckpointError as error:
         raise CheckpointError(f"{path.parent / STATE_NAME}: {path.name}: {error}") from None
-    if zlib.crc32(header.raw) != checksums.header:
-        raise CheckpointError(f"{path}: the header is damaged: its checksum differs")
-    return checksums
 
 
 # -- reading -----------------------------------------------------------------------------------
 
 
-def _read_bytes(file: _OpenFile, begin: int, end: int) -> Iterator[Tensor]:
-    """Bytes [begin, end) after the header, in order, in tensors of uint8 that are valid until the next."""
+class _Piece(NamedTuple):
+    """Bytes [begin, end) after the header, with their checksum."""
+
+    begin: int
+    end: int
+    crc32: int | None
+
+
+def _pieces(file: _OpenFile, begin: int, end: int) -> Iterator[_Piece]:
+    """The pieces that bytes [begin, end) after the header lie in."""
     if begin == end:
         return
     if file.checksums is None:
         for first in range(begin, end, PIECE_NBYTES):
-            yield _pread(file, first, min(first + PIECE_NBYTES, end))
+            yield _Piece(first, min(first + PIECE_NBYTES, end), None)
         return
-    ends = file.checksums.ends
+    ends, crc32s = file.checksums.ends, file.checksums.crc32s
     first_piece = int(np.searchsorted(ends, begin, side="right"))
     for i in range(first_piece, len(ends)):
-        piece_begin, piece_end = int(ends[i - 1]) if i else 0, int(ends[i])
+        piece_begin = int(ends[i - 1]) if i else 0
         if piece_begin >= end:
             return
-        raw = _pread(file, piece_begin, piece_end)
-        if zlib.crc32(raw.numpy().data) != file.checksums.crc32s[i]:
-            raise CheckpointError(
-                f"{file.path}: bytes [{piece_begin}, {piece_end}) after the header are damaged: "
-                "their checksum differs"
-            )
-        yield raw[max(begin - piece_begin, 0) : end - piece_begin]
+        yield _Piece(piece_begin, int(ends[i]), int(crc32s[i]))
 
 
-def _pread(file: _OpenFile, begin: int, end: int) -> Tensor:
-    raw = torch.empty(end - begin, dtype=torch.uint8)
-    rest = raw.numpy().data
+def _read_piece(file: _OpenFile, piece: _Piece, out: Tensor) -> None:
+    """Read a piece into `out`, (bytes,) uint8, and verify it."""
+    raw = out.numpy().data
+    rest = raw
     while rest:
-        count = os.preadv(file.descriptor, [rest], file.header.nbytes + end - len(rest))
+        count = os.preadv(file.descriptor, [rest], file.header.nbytes + piece.end - len(rest))
         if count == 0:
             raise CheckpointError(f"{file.path}: expected {len(rest)} bytes more: cut off")
         rest = rest[count:]
-    return raw
+    if piece.crc32 is not None and zlib.crc32(raw) != piece.crc32:
+        raise CheckpointError(
+            f"{file.path}: bytes [{piece.begin}, {piece.end}) after the header are damaged: "
+            "their checksum differs"
+        )
+
+
+def _read_range(file: _OpenFile, begin: int, dtype: torch.dtype, out: Tensor) -> None:
+    """Read elements of `dtype` from byte `begin` after the header on, as many as `out` has.
+
+    Whole pieces go straight into `out` where it has the file's dtype.
+    """
+    itemsize = dtype.itemsize
+    end = begin + out.numel() * itemsize
+    raw_out = None
+    if out.dtype is dtype and out.is_contiguous() and out.device.type == "cpu" and out.numel():
+        raw_out = out.view(torch.uint8)
+    for piece in _pieces(file, begin, end):
+        low, high = max(begin, piece.begin), min(end, piece.end)
+        if raw_out is not None and (low, high) == (piece.begin, piece.end):
+            _read_piece(file, piece, raw_out[low - begin : high - begin])
+            continue
+        raw = torch.empty(piece.end - piece.begin, dtype=torch.uint8)
+        _read_piece(file, piece, raw)
+        part = raw[low - piece.begin : high - piece.begin]
+        if part.storage_offset() % itemsize or part.numel() % itemsize:
+            raise CheckpointError(f"{file.path.parent / STATE_NAME}: a checksum cuts an element")
+        first, last = (low - begin) // itemsize, (high - begin) // itemsize
+        out[first:last].copy_(part.view(dtype))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from zerompi.agreement import agreement
-from zerompi.checkpoint.directory import Replacement
+from zerompi.checkpoint.directory import Replacement, tidy_series
 from zerompi.checkpoint.shards import (
     DEFAULT_MAX_SHARD_NBYTES,
     ShardFile,
@@ -35,6 +37,24 @@ from zerompi.checkpoint.table import Slice, TensorTable, check_slices, check_tab
 from zerompi.errors import CheckpointError
 
 
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a checkpoint is written.
+
+    Attributes:
+        max_shard_nbytes: tensors beyond it go into further files, with an index.
+        keep: with a path named `step-N`, how many of the newest stay; 0 keeps all.
+        include: files that are copied beside the tensors, such as config.json.
+    """
+
+    max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
+    keep: int = 0
+    include: Sequence[Path] = ()
+
+
+DEFAULT_OPTIONS = WriteOptions()
+
+
 class _File(NamedTuple):
     """A file, and what of it this rank writes."""
 
@@ -43,14 +63,89 @@ class _File(NamedTuple):
     slices: list[Slice]
 
 
+class Draft:
+    """A checkpoint that is being written beside its final place. Made by `open_draft`.
+
+    Every rank calls `write`, then rank 0 `publish`, or `discard` if a rank has failed. Nothing here
+    communicates, so that other threads may do it.
+
+    Attributes:
+        path: where it will be.
+        nbytes: what this rank writes.
+        num_pieces: rows of the array that `write` returns.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        temporary: Path,
+        files: list[_File],
+        replacement: Replacement | None,
+        options: WriteOptions,
+    ) -> None:
+        self.path = path
+        self._temporary = temporary
+        self._files = files
+        self._replacement = replacement
+        self._options = options
+        sizes = [own.values.nbytes for file in files for own in file.slices]
+        self.nbytes = sum(sizes)
+        self.num_pieces = sum(-(-size // PIECE_NBYTES) for size in sizes)
+
+    def write(self) -> np.ndarray:
+        """Write this rank's slices, and let go of them.
+
+        Returns:
+            Number of the file, begin, end and CRC-32 of each piece; (num_pieces, 4) int64.
+
+        Raises:
+            OSError, CheckpointError: naming the file.
+        """
+        rows: list[tuple[int, int, int, int]] = []
+        for number, file in enumerate(self._files):
+            if file.slices or self._replacement is not None:
+                path = self._temporary / file.shard.name
+                header = file.shard.header.raw if self._replacement is not None else b""
+                rows += [(number, *row) for row in _write_slices(path, file, header)]
+                file.slices.clear()
+        return np.array(rows, dtype=np.int64).reshape(-1, 4)
+
+    def publish(self, state: Mapping[str, Any], rows: Sequence[np.ndarray]) -> None:
+        """Complete the directory and move it to its place, on rank 0.
+
+        Args:
+            state: for `state.json`.
+            rows: what `write` has returned on each rank.
+
+        Raises:
+            OSError, CheckpointError: what was at the path is there still.
+        """
+        assert self._replacement is not None
+        _write_indices(self._temporary, self._files)
+        pieces = np.concatenate(rows)
+        checksums = {
+            file.shard.name: build_checksums(file.shard.header, pieces[pieces[:, 0] == i, 1:])
+            for i, file in enumerate(self._files)
+        }
+        for source in self._options.include:
+            _copy(source, self._temporary / source.name)
+        _write_text(self._temporary / STATE_NAME, state_text(state, len(rows), checksums))
+        self._replacement.commit()
+        tidy_series(self._replacement.path, self._options.keep)
+
+    def discard(self) -> None:
+        """Remove what was written, on rank 0."""
+        if self._replacement is not None:
+            self._replacement.discard()
+
+
 def write_checkpoint(
     path: Path,
     model: TensorTable,
     optimizer: TensorTable,
     state: Mapping[str, Any],
     comm: MPI.Intracomm,
-    *,
-    max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES,
+    options: WriteOptions = DEFAULT_OPTIONS,
 ) -> None:
     """Write a checkpoint directory that is complete or absent. Collective.
 
@@ -64,13 +159,35 @@ def write_checkpoint(
         optimizer: tensors of the optimizer's state; no file if there are none.
         state: JSON values by name, checked on all ranks.
         comm: the ranks that write.
-        max_shard_nbytes: tensors beyond it go into further files, with an index.
+        options: the same on all ranks.
 
     Raises:
         CheckpointError: it could not be written, or the slices of all ranks are not each element once.
         TypeError, ValueError: `state` is no JSON.
             All of them on all ranks; what was at `path` is untouched, and nothing is left behind.
     """
+    draft = open_draft(path, model, optimizer, state, comm, options)
+    try:
+        with agreement(comm):
+            rows = draft.write()
+        gathered = comm.gather(rows, root=0)
+        with agreement(comm):
+            if gathered is not None:
+                draft.publish(state, gathered)
+    except Exception:
+        draft.discard()
+        raise
+
+
+def open_draft(
+    path: Path,
+    model: TensorTable,
+    optimizer: TensorTable,
+    state: Mapping[str, Any],
+    comm: MPI.Intracomm,
+    options: WriteOptions,
+) -> Draft:
+    """Check everything, and create the files with nothing in them; see `write_checkpoint`. Collective."""
     tables = {"model": model, "optimizer": optimizer}
     files: list[_File] = []
     with agreement(comm):
@@ -78,35 +195,23 @@ def write_checkpoint(
         for stem, table in tables.items():
             check_slices(table)
             if table.specs or stem == "model":
-                files += _plan(stem, table, max_shard_nbytes)
+                files += _plan(stem, table, options.max_shard_nbytes)
     check_tables(list(tables.values()), comm)
     replacement = None
     with agreement(comm):
         if comm.rank == 0:
             replacement = Replacement(path)
     temporary: Path = comm.bcast(replacement and replacement.temporary, root=0)
+    draft = Draft(path, temporary, files, replacement, options)
     try:
         with agreement(comm):
             if comm.rank == 0:
                 for file in files:
                     _create(temporary, file.shard)
-        with agreement(comm):
-            pieces = [_write_slices(temporary, file) for file in files]
-        gathered = comm.gather(pieces, root=0)
-        with agreement(comm):
-            if replacement is not None and gathered is not None:
-                _write_indices(temporary, files)
-                checksums = [
-                    build_checksums(file.shard.header.raw, [of_rank[i] for of_rank in gathered])
-                    for i, file in enumerate(files)
-                ]
-                by_name = {f.shard.name: c for f, c in zip(files, checksums, strict=True)}
-                _write_text(temporary / STATE_NAME, state_text(state, comm.size, by_name))
-                replacement.commit()
     except Exception:
-        if replacement is not None:
-            replacement.discard()
+        draft.discard()
         raise
+    return draft
 
 
 def _plan(stem: str, table: TensorTable, max_shard_nbytes: int) -> list[_File]:
@@ -122,32 +227,29 @@ def _plan(stem: str, table: TensorTable, max_shard_nbytes: int) -> list[_File]:
 
 
 def _create(directory: Path, shard: ShardFile) -> None:
-    """A file with its header and full size."""
+    """A file of full size."""
     with _named_errors(directory / shard.name), open(directory / shard.name, "xb") as stream:
-        stream.write(shard.header.raw)
         stream.truncate(shard.header.nbytes + shard.header.data_nbytes)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
-def _write_slices(directory: Path, file: _File) -> np.ndarray:
-    """Write this rank's slices of one file; return (begin, end, crc32) of each piece, (pieces, 3)."""
-    path, header, rows = directory / file.shard.name, file.shard.header, []
-    if file.slices:
-        with _named_errors(path):
-            descriptor = _open_shared(path)
-            try:
-                for own in sorted(file.slices, key=lambda own: header.tensors[own.name].begin):
-                    stored = header.tensors[own.name]
-                    begin = stored.begin + own.start * stored.spec.dtype.itemsize
-                    for raw in _pieces_of(own.values):
-                        _write_all(descriptor, raw, header.nbytes + begin)
-                        rows.append((begin, begin + len(raw), zlib.crc32(raw)))
-                        begin += len(raw)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+def _write_slices(path: Path, file: _File, header: bytes) -> list[tuple[int, int, int]]:
+    """Write `header` and this rank's slices of one file; return begin, end and CRC-32 of each piece."""
+    stored_as, rows = file.shard.header.tensors, []
+    with _named_errors(path):
+        descriptor = _open_shared(path)
+        try:
+            _write_all(descriptor, memoryview(header), 0)
+            for own in sorted(file.slices, key=lambda own: stored_as[own.name].begin):
+                stored = stored_as[own.name]
+                begin = stored.begin + own.start * stored.spec.dtype.itemsize
+                for raw in _pieces_of(own.values):
+                    _write_all(descriptor, raw, file.shard.header.nbytes + begin)
+                    rows.append((begin, begin + len(raw), zlib.crc32(raw)))
+                    begin += len(raw)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return rows
 
 
 def _open_shared(path: Path) -> int:
@@ -179,6 +281,16 @@ def _write_text(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _copy(source: Path, target: Path) -> None:
+    with _named_errors(target):
+        shutil.copyfile(source, target)
+        descriptor = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _write_indices(directory: Path, files: Sequence[_File]) -> None:

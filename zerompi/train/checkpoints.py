@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from mpi4py import MPI
@@ -19,41 +18,27 @@ def checkpoint_directory(config: TrainConfig) -> Path:
     return Path(config.out) / "checkpoints"
 
 
-def save_checkpoint(job: Job, step: int) -> Path:
+def save_checkpoint(job: Job, step: int, *, blocking: bool = True) -> Path:
     """Save after `step` steps, then remove what `--keep` does not keep. Collective.
 
     Raises:
-        InputError: it could not be written; the same on all ranks.
+        InputError: it, or an earlier one in the background, could not be written; the same on all ranks.
     """
-    path = checkpoint_directory(job.config) / f"step-{step}"
+    config = job.config
+    path = checkpoint_directory(config) / f"step-{step}"
     extra = {
         "step": step,
         "scheduler": job.scheduler.state_dict(),
-        "config": job.config.as_dict(),
+        "config": config.as_dict(),
     }
-    agree(job.comm, lambda: job.zero.save(path, extra=extra))
-    agree_on_root(job.comm, lambda: _tidy(path, job.config))
+    include = [] if config.model is None else huggingface.companions(Path(config.model))
+    agree(
+        job.comm,
+        lambda: job.zero.save(
+            path, extra=extra, blocking=blocking, keep=config.keep, include=include
+        ),
+    )
     return path
-
-
-def _tidy(path: Path, config: TrainConfig) -> None:
-    if config.model is not None:
-        for file in huggingface.companions(Path(config.model)):
-            shutil.copyfile(file, path / file.name)
-    if config.keep:
-        for old in _older(path)[config.keep - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _older(path: Path) -> list[Path]:
-    """The checkpoints beside the one at `path` that have fewer steps behind them, newest first."""
-    steps = [
-        int(other.name[5:])
-        for other in path.parent.glob("step-*")
-        if other.name[5:].isdecimal() and (other / "state.json").is_file()
-    ]
-    before = sorted((step for step in steps if step < int(path.name[5:])), reverse=True)
-    return [path.with_name(f"step-{step}") for step in before]
 
 
 def prepare_output(config: TrainConfig, comm: MPI.Intracomm) -> Path | None:

@@ -109,6 +109,9 @@ class TrainConfig:
 
     out: str = _option("zerompi-out", _OUTPUT, "Directory of metrics, summary and checkpoints.")
     save_every: int = _option(0, _OUTPUT, "Steps between checkpoints; 0: when stopped only.")
+    save_in_background: bool = _option(
+        False, _OUTPUT, "Train on while a copy of the state is written; takes the memory of one."
+    )
     keep: int = _option(2, _OUTPUT, "Newest checkpoints that are kept; 0 keeps all.")
     resume: str | None = _option(
         None,

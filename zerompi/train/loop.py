@@ -63,7 +63,7 @@ def _train(config: TrainConfig, comm: MPI.Intracomm, stop: StopRequest) -> Summa
         display.close()
         if log is not None:
             log.close()
-    job.zero.close()  # not after an exception: it is collective
+    agree(comm, job.zero.close)  # not after an exception: it is collective
     return summary
 
 
@@ -110,7 +110,8 @@ class _Run:
             if config.eval_every and step % config.eval_every == 0:
                 evaluation = self._evaluate(step)
             if outcome.stops or (config.save_every and step % config.save_every == 0):
-                path = save_checkpoint(job, step)
+                blocking = outcome.stops or not config.save_in_background
+                path = save_checkpoint(job, step, blocking=blocking)
                 saved = step
                 if outcome.stops:
                     self._say_stopped(step, path)
