@@ -174,14 +174,14 @@ _MISSING, _PAST_IT, _IN_IT = "0", "1", "2"  # in this order in a report
 def _describe(wait: Waiting, state: State | str) -> tuple[str, ...]:
     """A key to sort by, where the rank is, and the lines of its stack."""
     if isinstance(state, str):
-        return _MISSING, f"has not arrived, and {state}"
+        return _MISSING, f"missing, and {state}"
     position = f"{state.step} steps done, {state.phase}"
     if wait in state.waits:
-        return _IN_IT, f"waits for it; {position}", *state.stack
+        return _IN_IT, f"waiting for it; {position}", *state.stack
     others = [other.what for other in state.waits]
-    doing = f"waits for: {'; '.join(others)}" if others else "waits for no other rank"
+    doing = f"waiting for: {'; '.join(others)}" if others else "waiting for no other rank"
     later = any(o.members == wait.members and o.number > wait.number for o in state.waits)
-    key, verb = (_PAST_IT, "past it") if later else (_MISSING, "has not arrived")
+    key, verb = (_PAST_IT, "past it") if later else (_MISSING, "missing")
     return key, f"{verb}; {position}; {doing}; pid {state.pid} on {state.host}", *state.stack
 
 
