@@ -19,8 +19,18 @@ LAYERS = [
     {"launch", "agreement", "arrays", "topology", "traffic", "nested", "comm_thread"},
     {"collectives"},
     {"autograd", "precision", "units"},
-    {"regions", "segment", "gather", "unit", "place", "buffers", "registry"},
-    {"hooks", "saved", "schedule", "optimizer", "meta", "state", "checkpoint", "accounting"},
+    {"attendance", "regions", "segment", "gather", "unit", "place", "buffers", "registry"},
+    {
+        "hooks",
+        "saved",
+        "schedule",
+        "optimizer",
+        "join",
+        "meta",
+        "state",
+        "checkpoint",
+        "accounting",
+    },
     {"zero", "api"},
     {"train", "bench", "cli"},
 ]
@@ -39,7 +49,9 @@ FORBIDDEN = {
     "precision": {"mpi4py"},
     "segment": {"mpi4py"},
     "unit": {"mpi4py"},
+    "attendance": {"mpi4py"},
     "hooks": {"mpi4py"},
+    "join": {"mpi4py"},
 }
 OPTIONAL = ["typer", "rich", "transformers", "tensorboardX", "peft", "cupy"]
 FILES = sorted(
