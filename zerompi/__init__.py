@@ -8,7 +8,12 @@ _launch.prepare_environment()
 
 from zerompi import autograd, collectives  # noqa: E402
 from zerompi.api import partition  # noqa: E402
-from zerompi.errors import CheckpointError, MismatchError, ZerompiError  # noqa: E402
+from zerompi.errors import (  # noqa: E402
+    CheckpointError,
+    MismatchError,
+    NonFiniteError,
+    ZerompiError,
+)
 from zerompi.precision import MixedPrecision  # noqa: E402
 from zerompi.stop import StopRequest  # noqa: E402
 from zerompi.topology import Topology  # noqa: E402
@@ -21,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "MismatchError",
     "MixedPrecision",
+    "NonFiniteError",
     "StopRequest",
     "Topology",
     "Zero",

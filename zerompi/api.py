@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from mpi4py import MPI
@@ -21,7 +21,7 @@ from zerompi.launch import check_world
 from zerompi.optimizer import check_optimizer
 from zerompi.place import place
 from zerompi.placement import STAGES, Placement
-from zerompi.precision import MixedPrecision
+from zerompi.precision import MixedPrecision, NonFinite
 from zerompi.registry import is_partitioned
 from zerompi.segment import Context
 from zerompi.topology import Topology
@@ -41,6 +41,7 @@ class _Arguments:
     mixed_precision: MixedPrecision | None
     shard_ranks: str | int
     node_cache: bool
+    nonfinite: NonFinite
 
 
 def partition(
@@ -53,6 +54,7 @@ def partition(
     mixed_precision: MixedPrecision | None = None,
     shard_ranks: str | int = "world",
     node_cache: bool = False,
+    nonfinite: NonFinite = "raise",
     topology: Topology | None = None,
 ) -> Zero:
     """Partition a model and its optimizer over the ranks of `comm`.
@@ -75,6 +77,9 @@ def partition(
         node_cache: at stage 3 every node keeps what it has gathered until the parameters change, so
             that each unit enters a node once per step, for forward and backward, instead of twice. It costs the memory
             of all parameters once per node.
+        nonfinite: what `optimizer.step()` does if a gradient of any rank is NaN or infinite: "raise"
+            NonFiniteError on all ranks, which names the parameters; "skip" the step on all ranks, and log the
+            names; "ignore" it, and step. What a dynamic loss scale above 1 explains is skipped.
         topology: override of the discovered node layout.
 
     Raises:
@@ -88,7 +93,9 @@ def partition(
         raise TypeError(f"comm: expected an MPI intra-communicator, got {type(comm).__name__}")
     check_world(MPI.COMM_WORLD.size)
     world = Group(comm, topology)
-    arguments = _Arguments(model, optimizer, stage, units, mixed_precision, shard_ranks, node_cache)
+    arguments = _Arguments(
+        model, optimizer, stage, units, mixed_precision, shard_ranks, node_cache, nonfinite
+    )
     try:
         plans = _agree(arguments, world)
     except BaseException:
@@ -112,6 +119,7 @@ def partition(
         is_single_node,
         precision,
         thread,
+        nonfinite=nonfinite,
     )
     landed = meta.land(model)
     made = [Unit(plan, context) for plan in plans]
@@ -176,6 +184,10 @@ def _check(arguments: _Arguments, world: Group) -> None:
     _shard_size(world.topology, arguments.shard_ranks)
     if not isinstance(arguments.node_cache, bool):
         raise TypeError(f"node_cache: expected True or False, got {arguments.node_cache!r}")
+    if arguments.nonfinite not in get_args(NonFinite):
+        raise ValueError(
+            f"nonfinite: expected 'raise', 'skip' or 'ignore', got {arguments.nonfinite!r}"
+        )
     if arguments.node_cache and STAGES[arguments.stage].parameter is Placement.REPLICATE:
         raise ValueError(
             f"node_cache: expected False at stage {arguments.stage}, where parameters are not gathered, "
@@ -217,7 +229,8 @@ def _split(world: Group, shard_ranks: str | int, stage: int) -> tuple[Group, Gro
 def _description(arguments: _Arguments, plans: Sequence[UnitPlan]) -> list[str]:
     lines = [
         f"stage {arguments.stage}, shard_ranks {arguments.shard_ranks}, "
-        f"node_cache {arguments.node_cache}, {arguments.mixed_precision}"
+        f"node_cache {arguments.node_cache}, nonfinite {arguments.nonfinite}, "
+        f"{arguments.mixed_precision}"
     ]
     for plan in plans:
         lines.append(f"unit {plan.name or '(root)'}")

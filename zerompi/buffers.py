@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from zerompi.attendance import Attendance
 from zerompi.collectives.broadcast import broadcast
 from zerompi.collectives.group import Group
 
@@ -27,23 +28,34 @@ class ModuleBuffers:
     counters, but increments that of `num_batches_tracked` beside them.
     """
 
-    def __init__(self, model: nn.Module, world: Group) -> None:
+    def __init__(self, model: nn.Module, world: Group, attendance: Attendance) -> None:
         self.world = world
+        self._attendance = attendance
         self._owners = [_Owner(module, {}) for module in model.modules()]
 
     def synchronise(self, *, everything: bool = False) -> None:
         """Broadcast rank 0's changed buffers, or all.
 
-        Collective where any has changed; ranks change the same ones, or get MismatchError.
+        Collective where any has changed; ranks change the same ones, or get MismatchError. Inside `join`
+        the first active rank stands in for rank 0.
         """
-        for module, seen in self._owners:
-            buffers = {
-                key: buffer
-                for key, buffer in module._buffers.items()
-                if buffer is not None and not buffer.is_meta
-            }
-            if not everything and _unchanged(buffers, seen):
-                continue
+        chosen = range(len(self._owners)) if everything else self.changed()
+        if chosen:
+            self._attendance.announce(f"buffers of modules {list(chosen)}", "buffers", list(chosen))
+            self.broadcast(chosen)
+
+    def changed(self) -> list[int]:
+        """Which modules have changed a buffer since it was sent, in the order of `model.modules()`."""
+        return [
+            index
+            for index, (module, seen) in enumerate(self._owners)
+            if not _unchanged(_buffers_of(module), seen)
+        ]
+
+    def broadcast(self, chosen: Sequence[int]) -> None:
+        """Send the buffers of these modules. Collective."""
+        for module, seen in (self._owners[index] for index in chosen):
+            buffers = _buffers_of(module)
             for key, buffer in buffers.items():
                 if not buffer.is_contiguous():  # perhaps expanded: elements share memory
                     module._buffers[key] = buffers[key] = buffer.detach().contiguous()
@@ -55,8 +67,16 @@ class ModuleBuffers:
         if self.world.size == 1 or not buffer.numel():
             return
         values = buffer.detach().clone()
-        broadcast(values, values, self.world)
+        broadcast(values, values, self.world, root=self._attendance.first)
         buffer.detach().copy_(values)
+
+
+def _buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        key: buffer
+        for key, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta
+    }
 
 
 def _unchanged(buffers: Mapping[str, Tensor], seen: Mapping[str, tuple[Tensor, int]]) -> bool:

@@ -13,3 +13,7 @@ class CheckpointError(ZerompiError):
 
 class MismatchError(ZerompiError):
     """Ranks disagree on a model, a shape, a dtype or the order of operations."""
+
+
+class NonFiniteError(ZerompiError):
+    """A gradient is NaN or infinite; the message names the parameters."""

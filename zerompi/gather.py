@@ -30,16 +30,24 @@ class Gather:
         units: resharded ones of one depth.
         context: of the partition.
         ahead: whether it is done by the communication thread, and `finish` waits for it.
+        slot_number: which slot to take, see `_take_slot`; None is the next free one.
     """
 
-    def __init__(self, units: Sequence[Unit], context: Context, *, ahead: bool) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        context: Context,
+        *,
+        ahead: bool,
+        slot_number: int | None = None,
+    ) -> None:
         self.units = list(units)
         self._context = context
         self._waiting = set(units)  # that have not been unsharded yet
         self._rest = set(units)  # that have not been resharded yet
         self._own_nbytes = 0
         self._slot: Slot | None = None
-        self._slot_number = self._take_slot()
+        self._slot_number = self._take_slot(slot_number)
         self._ticket: Ticket | None = None
         for unit in units:
             unit.gather = self
@@ -51,12 +59,12 @@ class Gather:
                 self._release_all()
                 raise
 
-    def _take_slot(self) -> int:
-        """Take a slot; return its number, from 1, or 0 where none is free."""
+    def _take_slot(self, wanted: int | None) -> int:
+        """Take a slot, the `wanted` one or any; return its number, from 1, or 0 where none is free."""
         kept = self.units[0].slot
         slots = self._context.slots[self.units[0].depth] if kept is None else [kept]
         for number, slot in enumerate(slots, start=1):
-            if slot.user in (None, self.units[0]):
+            if wanted in (None, number) and slot.user in (None, self.units[0]):
                 slot.user = self if kept is None else self.units[0]
                 self._slot = slot
                 return number
@@ -69,6 +77,9 @@ class Gather:
         with context.times.phase("all_gather"):
             segments = [segment for unit in self.units for segment in unit.segments]
             group, what = context.world, f"all-gather of the parameters of {names}"
+            context.attendance.announce(
+                what, "gather", [unit.name for unit in self.units], self._slot_number
+            )
             if context.node_group and all(segment.is_cached for segment in segments):
                 group = context.node_group
             numbers = group.agree(what, self._slot_number)
@@ -128,6 +139,13 @@ class Gather:
             self._release_all()
             raise
         self._use(unit)
+
+    def pass_on(self) -> None:
+        """Gather for the other ranks' sake only: nothing stays here."""
+        try:
+            self._run()
+        finally:
+            self._release_all()
 
     def _release_all(self) -> None:
         for unit in self.units:

@@ -55,10 +55,10 @@ class Hooks:
         self.units = units
         self.context = context
         self.scaler = scaler
-        self.accumulation = Accumulation()
+        self.accumulation = Accumulation(context)
         self.gathers = Gathers(context)
         self.reductions = Reductions(units, context)
-        self.buffers = ModuleBuffers(model, context.world)
+        self.buffers = ModuleBuffers(model, context.world, context.attendance)
         self._sharded = not all(unit.is_resident for unit in units)
         self._end_is_queued = False
         self._kept: list[Unit] = []
@@ -142,10 +142,12 @@ class Hooks:
             handle.remove()
         self._handles.clear()
 
-    @property
     def gradient_scale(self) -> float:
-        """What a sum of gradients is multiplied by: the mean over ranks and passes, and no loss scale."""
-        divisor: float = self.context.world.size * self.accumulation.count
+        """What a sum of gradients is multiplied by: the mean over ranks and passes, and no loss scale.
+
+        Collective if passes are weighted.
+        """
+        divisor = self.accumulation.divisor()
         if self.scaler is not None:
             divisor *= self.scaler.scale
         return 1.0 / divisor
@@ -295,6 +297,7 @@ class Hooks:
         for unit in self.units:
             self._open[unit] = 0
             unit.discard_gradients()
+        self.accumulation.forget()
 
     # -- backward ------------------------------------------------------------------------------
 
@@ -341,7 +344,7 @@ class Hooks:
                 "where the loss scale is applied: compute the loss from what model(...) returns"
             )
         unit.settle()  # a gradient that comes late starts another reduction
-        segment.collect(index)
+        segment.collect(index, self.accumulation.factor)
         if self.accumulation.communicates and unit.is_complete:
             self.reductions.ready(unit, self.gradient_scale)
 
@@ -359,11 +362,14 @@ class Hooks:
         collected = any(segment.collected for unit in self.units for segment in unit.trainable)
         for unit in self.units:
             unit.reshard()
-        if self.accumulation.communicates:
+        reduces = self.accumulation.communicates
+        if reduces:
             self.reductions.finish(self.gradient_scale)
         self._is_scaled = False
-        if self.accumulation.expected is not None:
-            self.accumulation.seen += int(collected)
+        if collected:
+            self.accumulation.end_pass()
+        if reduces:
+            self.accumulation.forget()
         for unit in self.units:
             self._open[unit] = 0
             for segment in unit.trainable:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from hashlib import blake2b
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zerompi.activity import progress
-from zerompi.errors import ZerompiError
+from zerompi.errors import MismatchError, NonFiniteError, ZerompiError
 from zerompi.placement import Placement
 from zerompi.precision import LossScaler
 from zerompi.report import storage_nbytes
@@ -26,6 +28,8 @@ from zerompi.unit import Unit
 # Of a 0-dim parameter every state is 0-dim; torch.optim's step counts and factors are told by name.
 _SCALAR_STATES = frozenset({"step", "mu_product", "eta", "mu"})
 
+_log = logging.getLogger("zerompi")
+
 
 class PieceOptimizer:
     """Binds an optimizer to the pieces of a partition.
@@ -33,6 +37,9 @@ class PieceOptimizer:
     The parameters in `optimizer.param_groups` are replaced by this rank's pieces, their state by
     the pieces of that state; everything else in the groups stays as it is. A pre-hook of `step`
     prepares the gradients, a post-hook refreshes the parameters.
+
+    Attributes:
+        skipped_steps: how many steps were skipped because a gradient was not finite.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class PieceOptimizer:
         self.context = context
         self.scaler = scaler
         self.segments = [segment for unit in units for segment in unit.trainable]
+        self.skipped_steps = 0
         self._casts = ExitStack()
         self._skipped: list[tuple[nn.Parameter, Tensor]] = []
         self._handles: list[RemovableHandle] = []
@@ -96,10 +104,11 @@ class PieceOptimizer:
         progress.phase = "optimizer step"
         deferred = any(segment.reduce_dtype is not segment.main_dtype for segment in self.segments)
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
-        if closure is not None and (deferred or self.scaler):
+        joined = self.context.attendance.is_open
+        if closure is not None and (deferred or self.scaler or joined):
             raise ValueError(
-                "closure: expected None with a loss scale or a reduce_dtype other than the main "
-                "weights' dtype, got a function; call backward() before step()"
+                "closure: expected None with a loss scale, with a reduce_dtype other than the main "
+                "weights' dtype, or inside join(), got a function; call backward() before step()"
             )
         for unit in self.units:
             for segment in unit.segments:
@@ -110,7 +119,7 @@ class PieceOptimizer:
                             "partitioned model are those of the optimizer's pieces"
                         )
         self._casts.close()  # a step that raised has left them open
-        if self._overflows():
+        if self._has_to_be_skipped():
             # Without gradients torch's own code leaves weights, states and step counts alone.
             for segment in self.segments:
                 for piece in segment.pieces:
@@ -128,22 +137,62 @@ class PieceOptimizer:
         self._casts.enter_context(self.context.memory.borrowed(cast_nbytes))
         self._casts.enter_context(self.context.times.phase("optimizer"))
 
-    def _overflows(self) -> bool:
-        """With a loss scale: whether any rank has a gradient that is not finite.
+    def _has_to_be_skipped(self) -> bool:
+        """Whether any rank has a gradient that is not finite, and the step is left out for that.
 
-        Collective over the world, also without a loss scale: a rank that steps alone is noticed.
+        Collective over the world, also if nobody wants to know: a rank that steps alone is noticed.
         """
-        finite = self.scaler is None or all(
-            bool(torch.isfinite(gradient).all())
-            for segment in self.segments
-            for gradient in segment.gradients()
-        )
+        policy, scaler = self.context.nonfinite, self.scaler
+        faulty = [] if policy == "ignore" and scaler is None else self._faulty_parameters()
         self.context.settle()
         self.context.free_slots()  # the optimizer may need room
-        flags = self.context.world.agree("optimizer step", int(not finite))
-        if self.scaler is not None:
-            self.scaler.update(overflow=any(flags))
-        return any(flags)
+        self.context.attendance.announce("optimizer step", "step", self.settings())
+        flags = self.context.world.agree("optimizer step", self._digest() << 1 | bool(faulty))
+        if len({flag >> 1 for flag in flags}) > 1:
+            self._refuse_settings()
+        is_faulty = any(flag & 1 for flag in flags)
+        is_expected = False
+        if scaler is not None:
+            is_expected = scaler.explains_overflow or policy == "ignore"
+            scaler.update(overflow=is_faulty)
+        if is_faulty and not is_expected:
+            text = self._describe(faulty)
+            if policy == "raise":
+                raise NonFiniteError(
+                    f"{text}; the step was not taken: partition(nonfinite='skip') leaves such steps out"
+                )
+            if self.context.world.rank == 0:
+                _log.warning("%s; the optimizer step is skipped", text)
+        self.skipped_steps += is_faulty
+        return is_faulty
+
+    def _faulty_parameters(self) -> list[str]:
+        """The parameters of which this rank has a gradient that is not finite."""
+        return [
+            name
+            for segment in self.segments
+            for name, gradient in segment.named_gradients()
+            if not _is_finite(gradient)
+        ]
+
+    def _describe(self, faulty: Sequence[str]) -> str:
+        """Name all ranks' faulty parameters. Collective over the world."""
+        found = set().union(*self.context.world.comm.allgather(faulty))
+        known = [
+            name
+            for segment in self.segments
+            for name, piece in zip(segment.names, segment.pieces, strict=True)
+            if piece.grad is not None
+        ]
+        names = [name for name in known if name in found]
+        text = f"the gradient of {', '.join(names[:5])} is not finite"
+        if len(names) > 5:
+            text = (
+                f"the gradients of {', '.join(names[:5])} and {len(names) - 5} more are not finite"
+            )
+        if len(names) == len(known):
+            text += " (no gradient is: perhaps the loss was not)"
+        return text
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         skipped = bool(self._skipped)
@@ -173,6 +222,54 @@ class PieceOptimizer:
             if any(unit.is_resident for unit in self.units):
                 self.context.world.agree("end of the refresh of the parameters")
 
+    # -- settings ------------------------------------------------------------------------------
+
+    def _numbers(self) -> list[tuple[int, str, float]]:
+        """The settings that are numbers, with their groups and names."""
+        return [
+            (index, key, float(value))
+            for index, group in enumerate(self.settings())
+            for key, value in group.items()
+            if isinstance(value, (int, float))
+            or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+        ]
+
+    def _digest(self) -> int:
+        """63 bits that tell whether ranks have the same numbers."""
+        digest = blake2b(repr(self._numbers()).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    def _refuse_settings(self) -> None:
+        """Raise on all ranks. Collective over the world."""
+        everyone = self.context.world.comm.allgather(self._numbers())
+        for rank, numbers in enumerate(everyone):
+            for ours, theirs in zip(everyone[0], numbers, strict=False):
+                if repr(ours) != repr(theirs):
+                    group, key, value = ours
+                    raise MismatchError(
+                        f"ranks disagree on the settings of the optimizer: rank 0 has {key} {value} in "
+                        f"param group {group}, rank {rank} has {theirs[1]} {theirs[2]}; each would step "
+                        "its own pieces with these"
+                    )
+        raise MismatchError(
+            "ranks disagree on the settings of the optimizer: some have more of them"
+        )
+
+    def settings(self) -> list[dict[str, Any]]:
+        """The settings of each parameter group: learning rate and the like."""
+        if self.optimizer is None:
+            return []
+        return [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+
+    def apply_settings(self, settings: Sequence[Mapping[str, Any]]) -> None:
+        """The reverse of `settings`."""
+        if self.optimizer is not None:
+            for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(values)
+
     def measure_states(self) -> None:
         """Bring the optimizer states' entry of the memory ledger up to date."""
         tensors = [s.main for s in self.segments if s.main_dtype is not s.dtype]
@@ -189,9 +286,20 @@ class PieceOptimizer:
         Returns:
             The total norm before clipping: 0-dim, identical on all ranks.
         """
+        if not norm_type > 0:
+            raise ValueError(f"norm_type: expected a positive number or inf, got {norm_type}")
+        self.context.settle()
+        self.context.attendance.announce(
+            f"norm of the gradients of type {norm_type}, clipped at {max_norm}",
+            "clip",
+            float(max_norm),
+            float(norm_type),
+        )
         total = self._total_norm(float(norm_type))
         coefficient = float(min(1.0, float(max_norm) / (total + 1e-6)))
-        if math.isnan(total):
+        if not math.isfinite(total) and self.context.nonfinite != "ignore":
+            coefficient = 1.0  # as the gradients are, the step will tell which is at fault
+        elif math.isnan(total):
             coefficient = math.nan
         gradients = [gradient for segment in self.segments for gradient in segment.gradients()]
         if gradients and coefficient != 1.0:
@@ -200,8 +308,6 @@ class PieceOptimizer:
         return torch.tensor(total, dtype=torch.float64 if wide else torch.float32)
 
     def _total_norm(self, norm_type: float) -> float:
-        if not norm_type > 0:
-            raise ValueError(f"norm_type: expected a positive number or inf, got {norm_type}")
         largest = math.isinf(norm_type)
         norms = [
             _norm(gradient, norm_type)
@@ -214,7 +320,6 @@ class PieceOptimizer:
         )
         if any(math.isnan(norm) for norm in norms):
             local = math.nan
-        self.context.settle()
         self.context.world.agree("norm of the gradients")
         parts = [local]
         if self.context.stage.optimizer_state is Placement.SHARD:
@@ -222,6 +327,12 @@ class PieceOptimizer:
         if any(math.isnan(part) for part in parts):
             return math.nan
         return max(parts) if largest else _power(math.fsum(parts), 1.0 / norm_type)
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    """Whether all elements are; a sum tells it in one pass, unless it overflows itself."""
+    total = gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(gradient).all())
 
 
 def _norm(gradient: Tensor, norm_type: float) -> float:

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+NonFinite = Literal["raise", "skip", "ignore"]  # what a step does whose gradient is not finite
+
 
 @dataclass(frozen=True)
 class MixedPrecision:
@@ -68,6 +70,11 @@ class LossScaler:
         self.dynamic = dynamic
         self.growth_interval = growth_interval
         self.steps_since_overflow = 0
+
+    @property
+    def explains_overflow(self) -> bool:
+        """Whether a gradient that is not finite may be this scale's doing, and a lower one will help."""
+        return self.dynamic and self.scale > 1
 
     def update(self, *, overflow: bool) -> None:
         """Account for one optimizer step."""

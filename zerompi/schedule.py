@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
+from math import fsum
 from typing import NamedTuple
 
+from zerompi.errors import ZerompiError
 from zerompi.gather import Gather
 from zerompi.place import assign_regions
 from zerompi.regions import Slot
@@ -13,12 +16,23 @@ from zerompi.unit import Unit, UnitState
 
 
 class Accumulation:
-    """Which backward passes communicate, and over how many passes gradients are averaged."""
+    """Which backward passes communicate, and what the mean of gradients is taken over.
 
-    def __init__(self) -> None:
+    Attributes:
+        paused: how many contexts let gradients accumulate without communication.
+        expected: passes of the surrounding `accumulate`, or None.
+        seen: passes in it so far.
+        weight: how many samples the loss of the running pass is a mean over; None: passes count alike.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
         self.paused = 0
-        self.expected: int | None = None  # passes of the surrounding accumulate(), if any
+        self.expected: int | None = None
         self.seen = 0
+        self.weight: float | None = None
+        self._weights: list[float | None] = []  # of passes that are not reduced yet
+        self._divisor: float | None = None
 
     @property
     def count(self) -> int:
@@ -29,6 +43,57 @@ class Accumulation:
     def communicates(self) -> bool:
         """Whether the running, or next, backward pass reduces gradients."""
         return not self.paused and self.seen + 1 >= self.count
+
+    @property
+    def factor(self) -> float:
+        """How often a gradient of the running pass counts in the bucket."""
+        return 1.0 if self.weight is None else self.weight
+
+    def end_pass(self) -> None:
+        """A pass has brought gradients."""
+        self._weights.append(self.weight)
+        if self.expected is not None:
+            self.seen += 1
+
+    def forget(self) -> None:
+        """What was collected is reduced, or dropped."""
+        self._weights.clear()
+        self._divisor = None
+
+    def divisor(self) -> float:
+        """What the sum of all ranks' gradients is divided by. Collective if passes are weighted.
+
+        Then it is the sum of the weights of all ranks. Passes of `no_sync` add up, as they do without
+        weights, so of these a rank's mean weight counts.
+
+        Raises:
+            ZerompiError: no rank has samples.
+        """
+        attendance, world = self._context.attendance, self._context.world
+        weights = [*self._weights, self.weight]
+        if not attendance.is_open and not any(weight is not None for weight in weights):
+            return float(world.size * self.count)
+        if self._divisor is None:
+            own = fsum(1.0 if weight is None else weight for weight in weights)
+            if attendance.is_following:
+                own = 0.0
+            elif self.expected is None:
+                own /= len(weights)
+            everyone = world.agree("weights of the gradients", _as_bits(own))
+            self._divisor = fsum(map(_from_bits, everyone))
+            if not self._divisor:
+                raise ZerompiError(
+                    "weighted: expected samples on some rank, got a weight of 0 on all"
+                )
+        return self._divisor
+
+
+def _as_bits(value: float) -> int:
+    return int(struct.unpack("<Q", struct.pack("<d", value))[0])
+
+
+def _from_bits(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<Q", bits))[0])
 
 
 class _Order(NamedTuple):
@@ -83,6 +148,11 @@ class Gathers:
         """The parameters have changed."""
         self._learn()
         self._count = 0
+
+    def forget(self) -> None:
+        """Expect nothing any more: ranks have run different passes."""
+        self.end_of_step()
+        self._known.clear()
 
     def _learn(self) -> None:
         self._context.settle()
@@ -176,14 +246,14 @@ class Reductions:
         self._ready: dict[Unit, None] = {}  # in the order in which they came
         self._next = 0
 
-    def ready(self, unit: Unit, scale: float) -> None:
+    def ready(self, unit: Unit, scale: Callable[[], float]) -> None:
         """Note that `unit` has all its gradients; reduce what may be reduced now."""
         self._ready[unit] = None
         while self._next < len(self.order) and self.order[self._next] in self._ready:
             self._next += 1
             self.order[self._next - 1].reduce(scale)
 
-    def finish(self, scale: float) -> None:
+    def finish(self, scale: Callable[[], float]) -> None:
         """Reduce everything that is left at the end of a backward pass. Collective over the world."""
         for unit in self.order[self._next :]:
             unit.reduce(scale)
@@ -191,10 +261,19 @@ class Reductions:
         self._context.settle()
         # Gradients may have come after their unit was reduced: a unit that several reentrant
         # checkpoints run gets its gradient in several parts.
-        while any(self.world.agree("end of backward", int(self._has_gradients()))):
+        while self.goes_on():
             for unit in self.order:
                 unit.reduce(scale)
             self._settle()
+        self.conclude()
+
+    def goes_on(self) -> bool:
+        """Whether any rank has gradients left at the end of a backward pass. Collective over the world."""
+        self._context.attendance.announce("end of backward", "end_of_backward")
+        return any(self.world.agree("end of backward", int(self._has_gradients())))
+
+    def conclude(self) -> None:
+        """All ranks have reduced everything. Collective over the world."""
         if not self._learned:
             self._learn()
         self.reset()
@@ -219,7 +298,8 @@ class Reductions:
     def _learn(self) -> None:
         seen = [self.order.index(unit) for unit in self._ready]
         rest = [index for index in range(len(self.order)) if index not in seen]
-        order: list[int] = self.world.comm.bcast(seen + rest, root=0)
+        root = self._context.attendance.first
+        order: list[int] = self.world.comm.bcast(seen + rest, root=root)
         self.order = [self.order[index] for index in order]
         assign_regions(self._units, self.order, self._context)
         self._learned = True

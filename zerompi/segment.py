@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from zerompi.attendance import Attendance
 from zerompi.collectives.all_gather import gather_blocks, gather_node_copies
 from zerompi.collectives.all_reduce import reduce_all
 from zerompi.collectives.broadcast import broadcast
@@ -25,7 +26,7 @@ from zerompi.comm_thread import CommThread
 from zerompi.errors import ZerompiError
 from zerompi.layout import FlatLayout, Range
 from zerompi.placement import Placement, Stage
-from zerompi.precision import MixedPrecision
+from zerompi.precision import MixedPrecision, NonFinite
 from zerompi.regions import Region, Settling, Slot
 from zerompi.report import MemoryLedger, PhaseTimes
 
@@ -45,6 +46,8 @@ class Context:
         slots: where gathered parameters lie, for each depth at which units enclose each other.
         ahead: what was gathered before anybody needed it.
         is_shared: whether the full parameters, while they are there, are there once for a node.
+        nonfinite: what a step does whose gradient is not finite.
+        attendance: which ranks take part, inside `join`.
     """
 
     stage: Stage
@@ -62,6 +65,12 @@ class Context:
     is_shared: bool = False
     memory: MemoryLedger = field(default_factory=MemoryLedger)
     times: PhaseTimes = field(default_factory=PhaseTimes)
+    nonfinite: NonFinite = "raise"
+    attendance: Attendance = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Let all ranks take part."""
+        self.attendance = Attendance(self.world)
 
     def settle(self) -> None:
         """Let go of what was gathered ahead, and wait for all communication that was started."""
@@ -401,8 +410,11 @@ class Segment:
 
     # -- gradients -----------------------------------------------------------------------------
 
-    def collect(self, index: int) -> None:
-        """Move the gradient that autograd has accumulated for parameter `index` into the bucket."""
+    def collect(self, index: int, weight: float) -> None:
+        """Move the gradient that autograd has accumulated for parameter `index` into the bucket.
+
+        It counts `weight` times there; with 0 not at all, whatever it is.
+        """
         parameter = self.parameters[index]
         gradient = parameter.grad
         if gradient is None:
@@ -424,10 +436,16 @@ class Segment:
             self.region.claim(self.owner)
         slot = self.view(self._bucket().tensor, index)
         if self.present[index]:
-            slot.add_(gradient)
-        else:
-            slot.copy_(gradient)
-            self.present[index] = True
+            if weight:
+                slot.add_(gradient, alpha=weight)
+            return
+        self.present[index] = True
+        if not weight:
+            slot.zero_()
+            return
+        slot.copy_(gradient)
+        if weight != 1.0:
+            slot.mul_(weight)
 
     def _bucket(self) -> Buffer:
         if self.bucket is None:
@@ -554,12 +572,17 @@ class Segment:
 
     def gradients(self) -> Iterator[Tensor]:
         """The reduced gradients that this rank holds, in the reduce dtype."""
-        for i, piece in enumerate(self.pieces):
+        for _, gradient in self.named_gradients():
+            yield gradient
+
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, each with the name of its parameter."""
+        for i, (name, piece) in enumerate(zip(self.names, self.pieces, strict=True)):
             if piece.grad is not None:
                 if self.reduce_dtype is self.main_dtype:
-                    yield piece.grad
+                    yield name, piece.grad
                 elif self.reduced is not None and _is_marker(piece.grad):
-                    yield self._part(self.reduced, i)
+                    yield name, self._part(self.reduced, i)
 
     @contextmanager
     def cast_gradients(self) -> Iterator[None]:

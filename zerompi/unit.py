@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
@@ -123,11 +123,12 @@ class Unit:
         """Whether the running backward pass has brought all gradients that are expected of it."""
         return all(segment.collected >= segment.expected for segment in self.trainable)
 
-    def reduce(self, scale: float) -> None:
+    def reduce(self, scale: Callable[[], float]) -> None:
         """Reduce the gradients of all ranks and install them; nothing moves if no rank has any.
 
         Collective over the world: the communication thread does it, `settle` waits for it. A
-        parameter without a gradient on any rank keeps `grad` as it is.
+        parameter without a gradient on any rank keeps `grad` as it is. `scale` tells, when all ranks
+        are here, what the sum is multiplied by.
         """
         self.settle()
         readable = all(segment.is_readable() for segment in self.trainable)
@@ -145,8 +146,11 @@ class Unit:
             self._reduction.abandon()
             self._reduction = None
 
-    def _reduce(self, scale: float, readable: bool) -> None:
+    def _reduce(self, make_scale: Callable[[], float], readable: bool) -> None:
+        what = f"reduction of the gradients of {self.name}"
+        self.context.attendance.announce(what, "reduce", self.name)
         with self.context.times.phase("reduce"):
+            scale = make_scale()
             used, in_place = self._used_anywhere(readable)
             start = 0
             for segment in self.trainable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
@@ -31,6 +32,7 @@ from zerompi.checkpoint import (
 from zerompi.errors import ZerompiError
 from zerompi.generators import generator_states
 from zerompi.hooks import Hooks
+from zerompi.join import Follower, Stateful
 from zerompi.optimizer import PieceOptimizer
 from zerompi.placement import Placement
 from zerompi.report import Report
@@ -73,6 +75,12 @@ class Zero:
             model.register_load_state_dict_pre_hook(self._refuse_load_state_dict),
             *(m.register_state_dict_pre_hook(self._refuse_state_dict) for m in model.modules()),
         ]
+        methods: dict[str, Callable[..., Any]] = {
+            "full_state_dict": self.full_state_dict,
+            "save": lambda path, settings: self.save(path, **settings),
+            "zero_grad": self._zero_grad_of,
+        }
+        self._follower = Follower(units, context, self._hooks, self._optimizer, methods)
         self._zero_grad = model.zero_grad
         model.zero_grad = self._zero_grad_of_pieces  # type: ignore[method-assign]
         registry.register((entry.name, entry.parameter) for entry in states.entries(units))
@@ -105,6 +113,11 @@ class Zero:
     def loss_scale(self) -> float:
         """The factor by which gradients are scaled inside the model now; 1 without loss scaling."""
         return 1.0 if self._scaler is None else self._scaler.scale
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many optimizer steps were skipped because a gradient was not finite."""
+        return self._optimizer.skipped_steps
 
     @property
     def unit_names(self) -> list[str]:
@@ -187,8 +200,98 @@ class Zero:
         finally:
             accumulation.expected, accumulation.seen = None, 0
 
+    @contextmanager
+    def weighted(self, samples: float) -> Iterator[None]:
+        """The loss of backward passes inside is a mean over `samples` samples, or tokens, of this rank.
+
+        Gradients are then the mean over all ranks' samples, instead of the mean of the ranks' means:
+        the sum of the weighted gradients, divided once by the sum of all weights. Every rank gives a
+        weight for each pass that some rank gives one for. With 0 the pass counts for nothing, even if
+        its gradient is NaN. It costs one agreement (16 bytes) for each pass that communicates.
+
+        Raises:
+            ValueError: `samples` is negative or not finite.
+            ZerompiError: the weights of all ranks are 0 (from `backward`).
+        """
+        self._check_open()
+        weight = float(samples)
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"samples: expected 0 or a positive number, got {samples}")
+        accumulation = self._hooks.accumulation
+        before, accumulation.weight = accumulation.weight, weight
+        try:
+            yield
+        finally:
+            accumulation.weight = before
+
+    @contextmanager
+    def join(self, *schedulers: Stateful) -> Iterator[None]:
+        """Ranks may run different numbers of batches inside, in training and in evaluation.
+
+        Collective: every rank enters and leaves. Inside, all ranks that still have batches do the same
+        in the same order. A rank that reaches the end of the context waits there until all have, and takes
+        its part meanwhile in what the others do: it gathers and reduces with nothing of its own, and its
+        optimizer steps its pieces with the settings (learning rate ...) of the others. Gradients are the mean
+        over the batches of the ranks that still have one; `weighted` makes it the mean over samples.
+
+        At the end all ranks have the same optimizer settings and buffers, and the same state of the
+        `schedulers` (anything with `state_dict` and `load_state_dict`): those of the ranks that were
+        last. Name every scheduler that is stepped inside.
+
+        Inside, communication of your own (the mean of a loss) waits for ever for a rank that has
+        nothing more to do: leave it until after the context. `gathered`, `full_state_dict`, `save` and
+        `clip_grad_norm_` work; what changes weights, another partition, and a step with a closure are
+        refused. After an exception the ranks have gone different ways: end the job.
+
+        Raises:
+            ZerompiError: inside another `join`; or this rank has left gradients of `no_sync` behind.
+            MismatchError: ranks that still have batches do different things.
+        """
+        self._agree("join")
+        with self._context.attendance.open(), self._announced_zero_grad():
+            yield
+            self._follower.follow()
+            self._follower.catch_up(schedulers)
+
+    @contextmanager
+    def _announced_zero_grad(self) -> Iterator[None]:
+        """While the context lasts, other ranks are told when this one calls `optimizer.zero_grad`."""
+        optimizer = self._optimizer.optimizer
+        if optimizer is None:
+            yield
+            return
+        own = vars(optimizer)
+        earlier, zero_grad = own.get("zero_grad"), optimizer.zero_grad
+
+        def announce_and_zero_grad(set_to_none: bool = True) -> None:
+            self._announce_zero_grad("optimizer", set_to_none)
+            zero_grad(set_to_none)
+
+        own["zero_grad"] = announce_and_zero_grad
+        try:
+            yield
+        finally:
+            del own["zero_grad"]
+            if earlier is not None:
+                own["zero_grad"] = earlier
+
+    def _announce_zero_grad(self, owner: str, set_to_none: bool) -> None:
+        attendance = self._context.attendance
+        if attendance.is_open:
+            self._context.settle()
+            attendance.announce(f"zero_grad of the {owner}", "zero_grad", owner, set_to_none)
+
+    def _zero_grad_of(self, owner: str, set_to_none: bool) -> None:
+        """What an announced `zero_grad` does on the ranks that are told."""
+        optimizer = self._optimizer.optimizer
+        if owner == "optimizer" and optimizer is not None:
+            optimizer.zero_grad(set_to_none)
+        else:
+            self._model.zero_grad(set_to_none)
+
     def _zero_grad_of_pieces(self, set_to_none: bool = True) -> None:
         """`model.zero_grad`: the gradients of a partitioned model hang on its pieces."""
+        self._announce_zero_grad("model", set_to_none)
         self._zero_grad(set_to_none)
         for entry in states.entries(self._units):
             if set_to_none or entry.piece.grad is None:
@@ -213,7 +316,8 @@ class Zero:
         self._check_open()
         units = self._units_of(self._model if module is None else module)
         names = ", ".join(unit.name for unit in units)
-        self._agree(f"gathered(writable={writable}) of {names}")
+        what = f"gathered(writable={writable}) of {names}"
+        self._agree(what, None if writable else "agree", what)
         with ExitStack() as stack:
             for unit in units:
                 if writable:
@@ -245,8 +349,9 @@ class Zero:
         modules (`get_extra_state`) is not included. With `rank0_only`, the other ranks get an empty
         dict and no memory is taken there beyond one unit.
         """
-        self._agree(f"full_state_dict(rank0_only={rank0_only})")
-        self._hooks.buffers.synchronise()
+        self._synchronise_buffers()
+        what = f"full_state_dict(rank0_only={rank0_only})"
+        self._agree(what, "full_state_dict", rank0_only)
         keep = not rank0_only or self.rank == 0
         values: dict[str, Tensor] = {}
         for unit in self._units:
@@ -342,10 +447,18 @@ class Zero:
             ZerompiError: an earlier save is going on, with `if_pending="refuse"`.
         """
         options = _write_options(if_pending, keep, include, max_shard_size)
-        self._agree(f"save of {path}")
+        settings = {
+            "extra": extra,
+            "blocking": blocking,
+            "if_pending": if_pending,
+            "keep": keep,
+            "include": include,
+            "max_shard_size": max_shard_size,
+        }
+        self._synchronise_buffers()
+        self._agree(f"save of {path}", "save", path, settings)
         self._make_way(if_pending)
         comm, optimizer = self._context.world.comm, self._optimizer.optimizer
-        self._hooks.buffers.synchronise()
         rng = comm.gather(generator_states(), root=0)
         with agreement(comm):
             model = states.model_table(self._model, self._units)
@@ -501,11 +614,26 @@ class Zero:
         if self._closed:
             raise ZerompiError("this partition is closed")
 
-    def _agree(self, operation: str) -> None:
-        """Make sure that all ranks are about to do the same."""
+    def _synchronise_buffers(self) -> None:
         self._check_open()
         self._context.settle()
-        self._context.world.agree(operation)
+        self._hooks.buffers.synchronise()
+
+    def _agree(self, what: str, operation: str | None = None, *arguments: Any) -> None:
+        """Make sure that all ranks are about to do the same.
+
+        Args:
+            what: for people.
+            operation: what ranks do that have nothing more to do inside `join`; None is refused there.
+            arguments: for them.
+        """
+        self._check_open()
+        self._context.settle()
+        attendance = self._context.attendance
+        if operation is None and attendance.is_open and not attendance.is_following:
+            raise ZerompiError(f"{what}: expected to be outside of join(), got a call inside it")
+        attendance.announce(what, operation or "", *arguments)
+        self._context.world.agree(what)
 
     # -- end -----------------------------------------------------------------------------------
 

@@ -31,12 +31,13 @@ LAYERS = [
     },
     {"collectives"},
     {"autograd", "precision", "units"},
-    {"regions", "segment", "gather", "unit", "place", "buffers", "registry"},
+    {"attendance", "regions", "segment", "gather", "unit", "place", "buffers", "registry"},
     {
         "hooks",
         "saved",
         "schedule",
         "optimizer",
+        "join",
         "meta",
         "generators",
         "state",
@@ -62,7 +63,9 @@ FORBIDDEN = {
     "precision": {"mpi4py"},
     "segment": {"mpi4py"},
     "unit": {"mpi4py"},
+    "attendance": {"mpi4py"},
     "hooks": {"mpi4py"},
+    "join": {"mpi4py"},
 }
 OPTIONAL = ["typer", "rich", "transformers", "tensorboardX", "peft", "cupy"]
 FILES = sorted(

@@ -164,11 +164,12 @@ class Group:
 
     # -- agreement -----------------------------------------------------------------------------
 
-    def agree(self, signature: str, flags: int = 0) -> tuple[int, ...]:
+    def agree(self, signature: str | None, flags: int = 0) -> tuple[int, ...]:
         """Make sure that all ranks are about to do the same; exchange 64 bits beside it. Collective.
 
         Args:
-            signature: what comes next on this rank, as a text for people.
+            signature: what comes next on this rank, as a text for people; None goes along with whatever
+                the others do.
             flags: 64 bits for the other ranks.
 
         Returns:
@@ -181,11 +182,13 @@ class Group:
         self._check_open()
         if self.size == 1:
             return (flags,)
-        self._wait.what = signature
+        self._wait.what = signature or "what the others do"
         self._wait.number += 1
-        headers = self._exchange_headers(_digest(signature), flags)
-        if any(digest != headers[0][0] for digest, _ in headers):
-            raise MismatchError(_disagreement(self.comm.allgather(signature)))
+        headers = self._exchange_headers(0 if signature is None else _digest(signature), flags)
+        if len({digest for digest, _ in headers} - {0}) > 1:
+            raise MismatchError(
+                _disagreement(self.comm.allgather(signature or "nothing of its own"))
+            )
         return tuple(flags for _, flags in headers)
 
     def _exchange_headers(self, digest: int, flags: int) -> Sequence[tuple[int, int]]:
