@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "zerompi"
 # A module or sub-package imports from its own layer and the layers below it only.
 LAYERS = [
     {"errors", "version", "dtypes", "layout", "placement", "report"},
-    {"launch", "agreement", "arrays", "topology", "traffic", "nested", "comm_thread"},
+    {"launch", "agreement", "arrays", "topology", "traffic", "nested", "comm_thread", "kernels"},
     {"collectives"},
     {"autograd", "precision", "units"},
     {"regions", "segment", "gather", "unit", "place", "buffers", "registry"},
