@@ -10,6 +10,7 @@ from zerompi import autograd, collectives  # noqa: E402
 from zerompi.api import partition  # noqa: E402
 from zerompi.errors import CheckpointError, MismatchError, ZerompiError  # noqa: E402
 from zerompi.precision import MixedPrecision  # noqa: E402
+from zerompi.quantize import Quantize  # noqa: E402
 from zerompi.topology import Topology  # noqa: E402
 from zerompi.version import __version__  # noqa: E402
 from zerompi.zero import Zero  # noqa: E402
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "MismatchError",
     "MixedPrecision",
+    "Quantize",
     "Topology",
     "Zero",
     "ZerompiError",

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from zerompi import launch, registry
 from zerompi import state as states
-from zerompi.accounting import measure_parameters, memory_report
+from zerompi.accounting import MessageBytes, measure_parameters, memory_report, message_nbytes
 from zerompi.agreement import agreement
 from zerompi.checkpoint import CheckpointReader, write_checkpoint
 from zerompi.errors import MismatchError, ZerompiError
@@ -102,6 +102,11 @@ class Zero:
         """
         group = self._context.shard_group
         return group.topology.num_nodes if self._context.is_shared else group.size
+
+    @property
+    def message_nbytes(self) -> MessageBytes:
+        """Bytes of all parameters and of all gradients, as one gather and one reduction send them."""
+        return message_nbytes(self._units)
 
     # -- training ------------------------------------------------------------------------------
 
