@@ -15,6 +15,7 @@ from zerompi.errors import (  # noqa: E402
     ZerompiError,
 )
 from zerompi.precision import MixedPrecision  # noqa: E402
+from zerompi.quantize import Quantize  # noqa: E402
 from zerompi.stop import StopRequest  # noqa: E402
 from zerompi.topology import Topology  # noqa: E402
 from zerompi.version import __version__  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "MismatchError",
     "MixedPrecision",
     "NonFiniteError",
+    "Quantize",
     "StopRequest",
     "Topology",
     "Zero",

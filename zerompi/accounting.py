@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zerompi.collectives.quantized import Code
 from zerompi.report import ElementBytes, MemoryReport, zero_formula
-from zerompi.segment import Context
+from zerompi.segment import Context, Segment
 from zerompi.unit import Unit
 
 
@@ -19,6 +22,34 @@ def memory_report(
     measure_parameters(units, context)
     ledger = context.memory
     return MemoryReport(dict(ledger.now), dict(ledger.peak), _formula(units, optimizer, context))
+
+
+class MessageBytes(NamedTuple):
+    """Bytes of all parameters, and of all gradients, as messages have them: quantized or not."""
+
+    parameters: int
+    gradients: int
+
+
+def message_nbytes(units: Sequence[Unit]) -> MessageBytes:
+    """What one gather of all parameters and one reduction of all gradients have to move.
+
+    Of quantized ones, each shard is packed by itself, with its scales.
+    """
+
+    def packed(segment: Segment, code: Code | None, dtype: torch.dtype) -> int:
+        if code is None:
+            return segment.layout.numel * dtype.itemsize
+        return sum(code.nbytes(shard.numel) for shard in segment.layout.shard_ranges)
+
+    parameters = gradients = 0
+    for unit in units:
+        for segment in unit.segments:
+            parameters += packed(segment, segment.weight_code, segment.dtype)
+            if segment.trainable:
+                code = segment.packer.code if segment.packer else None
+                gradients += packed(segment, code, segment.reduce_dtype)
+    return MessageBytes(parameters, gradients)
 
 
 def measure_parameters(units: Sequence[Unit], context: Context) -> None:

@@ -22,6 +22,7 @@ from zerompi.optimizer import check_optimizer
 from zerompi.place import place
 from zerompi.placement import STAGES, Placement
 from zerompi.precision import MixedPrecision, NonFinite
+from zerompi.quantize import Quantize
 from zerompi.registry import is_partitioned
 from zerompi.segment import Context
 from zerompi.topology import Topology
@@ -41,6 +42,7 @@ class _Arguments:
     mixed_precision: MixedPrecision | None
     shard_ranks: str | int
     node_cache: bool
+    quantize: Quantize | None
     nonfinite: NonFinite
 
 
@@ -54,6 +56,7 @@ def partition(
     mixed_precision: MixedPrecision | None = None,
     shard_ranks: str | int = "world",
     node_cache: bool = False,
+    quantize: Quantize | None = None,
     nonfinite: NonFinite = "raise",
     topology: Topology | None = None,
 ) -> Zero:
@@ -77,6 +80,7 @@ def partition(
         node_cache: at stage 3 every node keeps what it has gathered until the parameters change, so
             that each unit enters a node once per step, for forward and backward, instead of twice. It costs the memory
             of all parameters once per node.
+        quantize: send the parameters that stage 3 gathers, or gradients, or both, with 8 or 4 bits a number.
         nonfinite: what `optimizer.step()` does if a gradient of any rank is NaN or infinite: "raise"
             NonFiniteError on all ranks, which names the parameters; "skip" the step on all ranks, and log the
             names; "ignore" it, and step. What a dynamic loss scale above 1 explains is skipped.
@@ -87,14 +91,22 @@ def partition(
         MismatchError: the ranks' models or arguments differ.
 
     Rajbhandari et al., arXiv:1910.02054; for `shard_ranks`, Zhang et al., arXiv:2205.00119 (MiCS); for
-    `node_cache`, Wang et al., arXiv:2306.10209, section 3.2 (hpZ).
+    `node_cache` and `quantize`, Wang et al., arXiv:2306.10209, section 3 (ZeRO++).
     """
     if comm is not None and not isinstance(comm, MPI.Intracomm):
         raise TypeError(f"comm: expected an MPI intra-communicator, got {type(comm).__name__}")
     check_world(MPI.COMM_WORLD.size)
     world = Group(comm, topology)
     arguments = _Arguments(
-        model, optimizer, stage, units, mixed_precision, shard_ranks, node_cache, nonfinite
+        model,
+        optimizer,
+        stage,
+        units,
+        mixed_precision,
+        shard_ranks,
+        node_cache,
+        quantize,
+        nonfinite,
     )
     try:
         plans = _agree(arguments, world)
@@ -118,6 +130,7 @@ def partition(
         node_group,
         is_single_node,
         precision,
+        quantize,
         thread,
         nonfinite=nonfinite,
     )
@@ -193,9 +206,27 @@ def _check(arguments: _Arguments, world: Group) -> None:
             f"node_cache: expected False at stage {arguments.stage}, where parameters are not gathered, "
             "got True"
         )
+    _check_quantize(arguments.quantize, arguments.stage)
     if arguments.optimizer is not None:
         sharded = STAGES[arguments.stage].optimizer_state is Placement.SHARD
         check_optimizer(arguments.optimizer, arguments.model, sharded=sharded)
+
+
+def _check_quantize(quantize: Any, stage: int) -> None:
+    if quantize is None:
+        return
+    if not isinstance(quantize, Quantize):
+        raise TypeError(f"quantize: expected zerompi.Quantize, got {type(quantize).__name__}")
+    if STAGES[stage].optimizer_state is Placement.REPLICATE:
+        raise ValueError(
+            f"quantize: expected None at stage {stage}, where gradients are all-reduced as they are, "
+            f"got {quantize}"
+        )
+    if quantize.weights is not None and STAGES[stage].parameter is Placement.REPLICATE:
+        raise ValueError(
+            f"quantize: expected weights=None at stage {stage}, where parameters are not gathered, got "
+            f"{quantize.weights!r}"
+        )
 
 
 def _shard_size(topology: Topology, shard_ranks: Any) -> int:
@@ -231,6 +262,7 @@ def _description(arguments: _Arguments, plans: Sequence[UnitPlan]) -> list[str]:
         f"stage {arguments.stage}, shard_ranks {arguments.shard_ranks}, "
         f"node_cache {arguments.node_cache}, nonfinite {arguments.nonfinite}, "
         f"{arguments.mixed_precision}"
+        f", quantize {arguments.quantize}"
     ]
     for plan in plans:
         lines.append(f"unit {plan.name or '(root)'}")

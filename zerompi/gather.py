@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from zerompi.collectives.all_gather import gather_blocks, gather_node_copies
+from zerompi.collectives.all_gather import Ranges, gather_blocks, gather_node_copies
+from zerompi.collectives.quantized import (
+    Code,
+    gather_blocks_quantized,
+    gather_node_copies_quantized,
+)
 from zerompi.comm_thread import Ticket
 from zerompi.regions import Slot
 from zerompi.segment import Context, Segment
@@ -102,9 +107,8 @@ class Gather:
         return [self._context.shard_group.allocate(*size) for size in sizes]
 
     def _fill(self, segments: Sequence[Segment], places: Sequence[Tensor]) -> None:
-        context, group = self._context, self._context.shard_group
-        keepers = context.node_group
-        copies = []
+        keepers = self._context.node_group
+        copies: dict[Code | None, list[tuple[Tensor, Ranges]]] = {}
         for segment, place in zip(segments, places, strict=True):
             segment.full = place
             if segment.secondary is not None and segment.is_cached and keepers is not None:
@@ -112,16 +116,28 @@ class Gather:
                 gather_blocks(place, segment.node_ranges, keepers)
             elif not segment.is_cached:
                 segment.receive(place)
-                copies.append((place, segment.layout.shard_ranges))
-        if self._slot is not None and self._slot.is_shared:
-            if copies:
-                gather_node_copies(copies, group)
-        else:
-            for full, ranges in copies:
-                gather_blocks(full, ranges, group)
+                alike = copies.setdefault(segment.weight_code, [])
+                alike.append((place, segment.layout.shard_ranges))
+        for code, alike in copies.items():
+            self._gather(alike, code)
         if keepers is not None:
             for segment in segments:
                 segment.keep()
+
+    def _gather(self, copies: Sequence[tuple[Tensor, Ranges]], code: Code | None) -> None:
+        """Fill memory, in which each rank's own block is in place, with the blocks of all ranks."""
+        group = self._context.shard_group
+        if self._slot is not None and self._slot.is_shared:
+            if code is None:
+                gather_node_copies(copies, group)
+            else:
+                gather_node_copies_quantized(copies, group, code)
+            return
+        for full, ranges in copies:
+            if code is None:
+                gather_blocks(full, ranges, group)
+            else:
+                gather_blocks_quantized(full, ranges, group, code)
 
     # -- use -----------------------------------------------------------------------------------
 

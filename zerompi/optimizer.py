@@ -219,6 +219,8 @@ class PieceOptimizer:
                     self.context.world.agree(f"refresh of the parameters of {unit.name}")
                 for segment in segments:
                     segment.refresh()
+                    if everything:
+                        segment.forget_residuals()
             if any(unit.is_resident for unit in self.units):
                 self.context.world.agree("end of the refresh of the parameters")
 

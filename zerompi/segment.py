@@ -20,6 +20,7 @@ from zerompi.collectives.all_reduce import reduce_all
 from zerompi.collectives.broadcast import broadcast
 from zerompi.collectives.buffer import Buffer, lend
 from zerompi.collectives.group import Group
+from zerompi.collectives.quantized import reduce_blocks_quantized
 from zerompi.collectives.reduce_scatter import reduce_blocks
 from zerompi.collectives.shared import Window
 from zerompi.comm_thread import CommThread
@@ -27,6 +28,7 @@ from zerompi.errors import ZerompiError
 from zerompi.layout import FlatLayout, Range
 from zerompi.placement import Placement, Stage
 from zerompi.precision import MixedPrecision, NonFinite
+from zerompi.quantize import Quantize
 from zerompi.regions import Region, Settling, Slot
 from zerompi.report import MemoryLedger, PhaseTimes
 
@@ -39,6 +41,7 @@ class Context:
     state together; `replica_group` joins the ranks that hold the same shard (None: there is one
     copy). The ranks of `node_group` keep what was gathered together, until the parameters change
     (None: nobody keeps it). `is_single_node` tells whether every shard group is on one node.
+    `quantize` says which messages are quantized (None: none).
 
     Attributes:
         windows: shared memory of the partition, to be freed with it.
@@ -57,6 +60,7 @@ class Context:
     node_group: Group | None
     is_single_node: bool
     precision: MixedPrecision
+    quantize: Quantize | None
     thread: CommThread
     windows: list[Window] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
@@ -122,6 +126,8 @@ class Segment:
         bucket: this rank's sum of gradients, (padded_numel,), reduce dtype, or None.
         region: where a bucket lies that the other ranks of the node can read, or None.
         home: what the last reduced gradients lie in; used again when nobody has them any more.
+        weight_code: how the parameters are quantized when they are gathered, or None.
+        packer: quantizes the gradients when they are reduced, or None.
         present: per parameter, whether the bucket holds a gradient for it.
         collected: gradients collected in the running backward pass.
         expected: how many a pass is expected to bring: as many parameters as had a gradient on any
@@ -147,6 +153,9 @@ class Segment:
         self.reduce_dtype = self.main_dtype
         if mixed and precision.reduce_dtype is not None:
             self.reduce_dtype = precision.reduce_dtype
+        quantize = context.quantize
+        self.weight_code = quantize.weight_code(self.dtype) if quantize else None
+        self.packer = quantize.gradient_packer(self.reduce_dtype) if quantize else None
 
         self.full: Tensor | None = None
         self.is_node_copy = False
@@ -255,6 +264,7 @@ class Segment:
         broadcast(exact, exact, self.context.world)
         own = values[self.own.start : self.own.stop]
         self.is_cached = False
+        self.forget_residuals()
         if self.is_node_copy:
             self._set_node_copy(values)
         else:
@@ -519,7 +529,7 @@ class Segment:
                 home = self._gradient_shard()
                 result = home.tensor
             exact = result[: self.own.numel]
-            reduce_blocks(flat, exact, ranges, group, scale=scale, peers=peers)
+            self._reduce_blocks(flat, exact, scale, peers)
             if replicas is not None:
                 parts = FlatLayout([(exact.numel(),)], replicas.size).shard_ranges
                 reduce_all(exact, parts, replicas, scale=1.0)
@@ -528,6 +538,23 @@ class Segment:
         self.discard_gradients()
         self.expected = sum(used)
         self._install_gradients(result, used)
+
+    def _reduce_blocks(
+        self, flat: Tensor, own: Tensor, scale: float, peers: Sequence[Tensor] | None
+    ) -> None:
+        """`own` = `scale` times this rank's block of the sum of `flat` over the shard group. Collective."""
+        ranges, group = self.layout.shard_ranges, self.context.shard_group
+        if self.packer is None:
+            reduce_blocks(flat, own, ranges, group, scale=scale, peers=peers)
+            return
+        kept = self.packer.nbytes
+        reduce_blocks_quantized(flat, own, ranges, group, self.packer, scale=scale, peers=peers)
+        self.context.memory.add("buffers", self.packer.nbytes - kept)
+
+    def forget_residuals(self) -> None:
+        """Let go of what error feedback has kept of gradients: the weights are others now."""
+        if self.packer is not None:
+            self.context.memory.add("buffers", -self.packer.forget())
 
     def _gradient_shard(self) -> Buffer:
         """Memory for a reduced gradient, (shard_numel,): the last one's, if nobody has that any more."""

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from zerompi import launch, registry, restore
 from zerompi import state as states
-from zerompi.accounting import measure_parameters, memory_report
+from zerompi.accounting import MessageBytes, measure_parameters, memory_report, message_nbytes
 from zerompi.activity import phase, progress
 from zerompi.agreement import agreement
 from zerompi.checkpoint import (
@@ -137,6 +137,11 @@ class Zero:
     def skipped(self) -> list[str]:
         """What the last `load(strict=False)` has not loaded and why, one sentence each."""
         return list(self._skipped)
+
+    @property
+    def message_nbytes(self) -> MessageBytes:
+        """Bytes of all parameters and of all gradients, as one gather and one reduction send them."""
+        return message_nbytes(self._units)
 
     # -- training ------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ LAYERS = [
         "kernels",
     },
     {"collectives"},
-    {"autograd", "precision", "units"},
+    {"autograd", "precision", "quantize", "units"},
     {"attendance", "regions", "segment", "gather", "unit", "place", "buffers", "registry"},
     {
         "hooks",
@@ -61,6 +61,7 @@ FORBIDDEN = {
     "nested": {"mpi4py"},
     "units": {"mpi4py"},
     "precision": {"mpi4py"},
+    "quantize": {"mpi4py"},
     "segment": {"mpi4py"},
     "unit": {"mpi4py"},
     "attendance": {"mpi4py"},

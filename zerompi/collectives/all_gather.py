@@ -74,7 +74,7 @@ def gather_blocks(full: Tensor, ranges: Ranges, group: Group, *, label: str = "a
             label,
         )
         return
-    _gather_from_nodes([blocks], group, label)
+    gather_from_nodes([blocks], group, label)
     node = topology.node_of[rank]
     handled = {
         peer: [o for o in range(group.size) if topology.delegate(node, o) == peer]
@@ -108,7 +108,7 @@ def gather_node_copies(
     assert group.node is not None
     if not group.topology.is_single_node:
         blocks = [_blocks(full, ranges, group) for full, ranges in copies]
-        _gather_from_nodes(blocks, group, label)
+        gather_from_nodes(blocks, group, label)
     group.node.fence.cross()
 
 
@@ -117,7 +117,7 @@ def _blocks(full: Tensor, ranges: Ranges, group: Group) -> list[Tensor]:
     return [full[slice(*ranges[group.topology.shard_index(rank)])] for rank in range(group.size)]
 
 
-def _gather_from_nodes(buffers: Sequence[Sequence[Tensor]], group: Group, label: str) -> None:
+def gather_from_nodes(buffers: Sequence[Sequence[Tensor]], group: Group, label: str) -> None:
     """Each block enters each other node once, through the delegate of its owner there.
 
     Args:

@@ -108,10 +108,10 @@ def reduce_blocks(
     chunk = staging.chunk_numel(group.size, full.dtype)
     for start in range(0, longest, chunk):
         parts = [block[start : start + chunk] for block in own_blocks]
-        _reduce_rows(_staged_rows(parts, group), out[start : start + chunk], group, scale, label)
+        _reduce_rows(staged_rows(parts, group), out[start : start + chunk], group, scale, label)
 
 
-def _staged_rows(parts: Sequence[Tensor], group: Group) -> list[list[Tensor]]:
+def staged_rows(parts: Sequence[Tensor], group: Group) -> list[list[Tensor]]:
     """The parts of every rank of this node; those that nobody else sums are not copied."""
     node, topology = group.node, group.topology
     assert node is not None

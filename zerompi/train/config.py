@@ -15,6 +15,7 @@ from typing import Any
 _toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZED = (None, "int8", "int4")
 PROGRESS = ("auto", "bar", "lines", "none")
 DEFAULT_STEPS = 360
 _LR_FROM_SCRATCH = 3e-3
@@ -74,6 +75,16 @@ class TrainConfig:
         False,
         _ZERO,
         "At stage 3 a node keeps what it has gathered until the parameters change (hpZ).",
+    )
+    quantize_weights: str | None = _option(
+        None, _ZERO, "At stage 3, gather parameters quantized (qwZ): int8 or int4."
+    )
+    quantize_gradients: str | None = _option(
+        None, _ZERO, "At stages 1 to 3, reduce gradients quantized (qgZ): int8 or int4."
+    )
+    quantize_block: int = _option(256, _ZERO, "Quantized elements that share a scale; even.")
+    error_feedback: bool = _option(
+        False, _ZERO, "Add what the quantization of gradients has lost to the next gradients."
     )
     accumulate: int = _option(1, _ZERO, "Forward and backward passes of each rank per step.")
 
@@ -147,6 +158,14 @@ class TrainConfig:
             self._require("heads", half % self.heads == 0, f"a divisor of --width / 2 = {half:g}")
         fits = self.stage == 3 or not self.node_cache
         self._require("node_cache", fits, "False below stage 3")
+        for name, lowest in (("quantize_weights", 3), ("quantize_gradients", 1)):
+            value = getattr(self, name)
+            self._require(name, value in QUANTIZED, "int8 or int4")
+            self._require(name, value is None or self.stage >= lowest, f"none below stage {lowest}")
+        fits = self.quantize_block > 0 and self.quantize_block % 2 == 0
+        self._require("quantize_block", fits, "a positive even number")
+        fits = self.quantize_gradients is not None or not self.error_feedback
+        self._require("error_feedback", fits, "False without --quantize-gradients")
         known = self.shard_ranks in ("world", "node") or self.shard_ranks.isdigit()
         self._require("shard_ranks", known, "world, node or a number")
 
@@ -160,6 +179,11 @@ class TrainConfig:
         if self.lr is not None:
             return self.lr
         return _LR_FROM_SCRATCH if self.model is None else _LR_FINE_TUNING
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any messages are quantized."""
+        return self.quantize_weights is not None or self.quantize_gradients is not None
 
     @property
     def tokens_per_step(self) -> int:

@@ -158,6 +158,18 @@ def _partition(
         mixed_precision=mixed,
         shard_ranks=int(shard_ranks) if shard_ranks.isdigit() else shard_ranks,
         node_cache=config.node_cache,
+        quantize=_quantize(config),
+    )
+
+
+def _quantize(config: TrainConfig) -> zerompi.Quantize | None:
+    if not config.is_quantized:
+        return None
+    return zerompi.Quantize(
+        weights=config.quantize_weights,  # type: ignore[arg-type]
+        gradients=config.quantize_gradients,  # type: ignore[arg-type]
+        block=config.quantize_block,
+        error_feedback=config.error_feedback,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from zerompi.accounting import MessageBytes
 from zerompi.report import Report
 from zerompi.train.evaluate import Evaluation
 from zerompi.train.job import Job
@@ -86,6 +87,7 @@ def traffic_theory(
     param_nbytes: int,
     passes: int,
     num_keepers: int = 0,
+    quantized: MessageBytes | None = None,
 ) -> dict[str, float]:
     """Bytes that a rank sends per step, the mean over ranks, by label.
 
@@ -95,14 +97,20 @@ def traffic_theory(
     each shard goes to the other ones of `num_copies` only. With `node_cache` (hpZ, arXiv:2306.10209) they
     travel once in a step; the `num_keepers` ranks of a node that keep them in parts then gather them among
     themselves (0: nobody does, or they have one copy). Between replicas (MiCS, arXiv:2205.00119)
-    the shard's gradients are all-reduced.
+    the shard's gradients are all-reduced. With `quantized` messages the parameters, and what is sent of
+    gradients, have that many bytes; ranks that share memory read each other's gradients as they are.
     """
     gradient_nbytes = 4
     size = num_shards * num_replicas
     if stage == 0:
         return {"all_reduce": 2 * numel * gradient_nbytes * (size - 1) / size}
-    bytes_of = {"reduce_scatter": gradient_nbytes * numel * (num_shards - 1) / num_shards}
-    gathered = param_nbytes * numel * (num_copies - 1) / num_shards
+    parameters, gradients = param_nbytes * numel, gradient_nbytes * numel
+    sent = gradients
+    if quantized is not None:
+        parameters, sent = quantized
+    reduced = sent * (num_copies - 1) + gradients * (num_shards - num_copies)
+    bytes_of = {"reduce_scatter": reduced / num_shards}
+    gathered = parameters * (num_copies - 1) / num_shards
     if stage == 3 and gathered:
         bytes_of["all_gather"] = 2 * passes * gathered
         if num_keepers:
@@ -169,6 +177,7 @@ def summarise(
             param_nbytes=itemsize,
             passes=config.accumulate,
             num_keepers=len(job.topology.ranks_of_node[0]) if config.node_cache else 0,
+            quantized=job.zero.message_nbytes if config.is_quantized else None,
         ),
         memory=categories,
         peak_rss=max(rss for _, _, rss in everyone),
