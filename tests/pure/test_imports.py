@@ -15,8 +15,11 @@ PACKAGE = Path(__file__).parents[2] / "zerompi"
 
 # A module or sub-package imports from its own layer and the layers below it only.
 LAYERS = [
-    {"errors", "version", "dtypes", "layout", "placement", "report"},
-    {"launch", "agreement", "arrays", "topology", "traffic", "nested", "comm_thread"},
+    {"errors", "version", "dtypes", "layout", "placement", "report", "memory", "kernels"},
+    {
+        *("launch", "agreement", "arrays", "topology", "traffic", "nested", "comm_thread"),
+        *("device", "cuda_aware"),
+    },
     {"collectives"},
     {"autograd", "precision", "units"},
     {"regions", "segment", "gather", "unit", "place", "buffers", "registry"},
@@ -34,6 +37,8 @@ FORBIDDEN = {
     "placement": {"torch", "mpi4py", "numpy"},
     "dtypes": {"mpi4py"},
     "report": {"mpi4py"},
+    "memory": {"mpi4py", "numpy", "cupy"},
+    "device": {"mpi4py"},
     "nested": {"mpi4py"},
     "units": {"mpi4py"},
     "precision": {"mpi4py"},

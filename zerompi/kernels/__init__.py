@@ -1,0 +1,1 @@
+"""Kernels for devices: their sources, and what to call them by."""
