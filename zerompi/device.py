@@ -79,12 +79,10 @@ def use(number: int) -> None:
     From now on CPU tensors over device memory are recognised, and CuPy takes memory from
     torch.cuda's allocator, so that two pools do not hold on to the same memory.
     """
-    global _number
     _cupy().cuda.Device(number).use()
-    _number = number
     if _has_torch_cuda():
         torch.cuda.set_device(number)
-    _activate()
+    _activate(number)
 
 
 def is_active() -> bool:
@@ -92,12 +90,13 @@ def is_active() -> bool:
     return _is_active
 
 
-def _activate() -> None:
-    global _is_active
+def _activate(number: int) -> None:
+    global _is_active, _number
     if not _is_active:
         if _has_torch_cuda():
             _share_allocator()
         _is_active = True
+    _number = number
 
 
 @cache
@@ -137,7 +136,7 @@ def from_array(name: str, array: Any) -> DeviceArray:
     dtype = getattr(torch, _DTYPE_NAMES.get(array.dtype.name, array.dtype.name), None)
     if not isinstance(dtype, torch.dtype) or not array.dtype.isnative:
         raise TypeError(f"{name}: expected a dtype that torch has, got {array.dtype}")
-    _activate()
+    _activate(array.device.id)
     return DeviceArray(array.data.ptr, array.size, dtype, array, Reader.CUPY)
 
 
@@ -147,7 +146,7 @@ _DTYPE_NAMES = {"bool_": "bool"}
 def from_tensor(tensor: Tensor) -> DeviceArray | None:
     """The memory of a contiguous tensor if it is a device's, else None."""
     if tensor.is_cuda:
-        _activate()
+        _activate(tensor.device.index)
         if _lane().consumer is not None:
             tensor.record_stream(torch.cuda.current_stream())
         reader = Reader.TORCH

@@ -262,7 +262,7 @@ def read_optimizer(reader: CheckpointReader, optimizer: Optimizer, units: Sequen
             )
         entry = by_name[name]
         if is_elementwise_shape(key, spec.shape, entry.shape):
-            value = torch.empty(entry.piece.shape, dtype=spec.dtype)
+            value = torch.empty_like(entry.piece, dtype=spec.dtype, requires_grad=False)
             start, stop = _own_range(entry)
             reader.read_optimizer(full_name, start, stop, value.view(-1))
         else:

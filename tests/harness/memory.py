@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -9,6 +14,8 @@ import torch
 from torch import Tensor
 
 from zerompi import device
+from zerompi.collectives.node import DeviceNode
+from zerompi.collectives.transport import Staged
 from zerompi.memory import HOST, Space
 
 # Device memory that the host addresses: what an emulated device, and some hardware, has.
@@ -16,6 +23,49 @@ ADDRESSABLE = Space(HOST.device, is_device=True)
 
 WITHOUT_DEVICE = "needs CuPy and a device, perhaps an emulated one"
 HAS_DEVICE = device.count() > 0
+
+
+def synchronise() -> None:
+    """Wait for CuPy's current stream."""
+    import cupy
+
+    cupy.cuda.get_current_stream().synchronize()
+
+
+@contextmanager
+def host_may_touch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where an emulator protects device pages: open them, but not while buffers are sent.
+
+    One thread only then: the other one would compute while they are closed.
+    """
+    try:
+        allow = ctypes.CDLL(None).cuemu_host_access
+    except AttributeError:  # no emulator
+        yield
+        return
+    if os.environ.get("CUEMU_PROTECT", "0") != "1":
+        yield
+        return
+    monkeypatch.setenv("ZEROMPI_COMM_THREAD", "0")
+
+    def closed(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            allow(0)
+            try:
+                return function(*args)
+            finally:
+                allow(1)
+
+        return call
+
+    monkeypatch.setattr(Staged, "exchange", closed(Staged.exchange))
+    monkeypatch.setattr(DeviceNode, "cross", closed(DeviceNode.cross))
+    allow(1)
+    try:
+        yield
+    finally:
+        allow(0)
 
 
 class HostMemory:
