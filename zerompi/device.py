@@ -362,17 +362,15 @@ def _copy(target: int, source: int, nbytes: int, stream: Any) -> None:
 
 
 def to_host(array: DeviceArray) -> Tensor:
-    """The values in a new tensor on the host."""
+    """The values in a new tensor on the host; it is not pinned, so the copy is done on return."""
     tensor = torch.empty(array.numel(), dtype=array.dtype)
     _copy(tensor.data_ptr(), array.data_ptr(), array.nbytes, _lane().stream)
-    _lane().stream.synchronize()
     return tensor
 
 
 def from_host(target: DeviceArray, tensor: Tensor) -> None:
-    """Copy a contiguous tensor's values from the host."""
+    """Copy the values of a contiguous tensor that is not pinned: they have been read on return."""
     _copy(target.data_ptr(), tensor.data_ptr(), target.nbytes, _lane().stream)
-    _lane().stream.synchronize()
 
 
 @cache
