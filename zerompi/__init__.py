@@ -9,6 +9,7 @@ _launch.prepare_environment()
 from zerompi import autograd, collectives  # noqa: E402
 from zerompi.api import partition  # noqa: E402
 from zerompi.errors import CheckpointError, MismatchError, ZerompiError  # noqa: E402
+from zerompi.local_device import use_device  # noqa: E402
 from zerompi.precision import MixedPrecision  # noqa: E402
 from zerompi.topology import Topology  # noqa: E402
 from zerompi.version import __version__  # noqa: E402
@@ -27,4 +28,5 @@ __all__ = [
     "autograd",
     "collectives",
     "partition",
+    "use_device",
 ]

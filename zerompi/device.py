@@ -73,6 +73,11 @@ def name(number: int) -> str:
     return str(properties["name"].decode())
 
 
+def identity(number: int) -> str:
+    """What tells a device from all others of the machine, whatever its number is here."""
+    return bytes(_cupy().cuda.runtime.getDeviceProperties(number)["uuid"]).hex()
+
+
 def use(number: int) -> None:
     """Make a device that of this process, for CuPy and, where it has it, torch.cuda.
 
@@ -303,6 +308,11 @@ def ready() -> None:
     The one place where a buffer becomes ready for MPI, or for another process.
     """
     _lane().stream.synchronize()
+
+
+def synchronise() -> None:
+    """Wait for CuPy's current stream."""
+    _cupy().cuda.get_current_stream().synchronize()
 
 
 class Handover:

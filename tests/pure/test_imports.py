@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "version", "dtypes", "layout", "placement", "report", "memory", "kernels"},
     {
         *("launch", "agreement", "arrays", "topology", "traffic", "nested", "comm_thread"),
-        *("device", "cuda_aware"),
+        *("device", "cuda_aware", "local_device"),
     },
     {"collectives"},
     {"autograd", "precision", "units"},
