@@ -14,6 +14,7 @@ from zerompi.errors import (  # noqa: E402
     NonFiniteError,
     ZerompiError,
 )
+from zerompi.local_device import use_device  # noqa: E402
 from zerompi.precision import MixedPrecision  # noqa: E402
 from zerompi.quantize import Quantize  # noqa: E402
 from zerompi.stop import StopRequest  # noqa: E402
@@ -37,4 +38,5 @@ __all__ = [
     "autograd",
     "collectives",
     "partition",
+    "use_device",
 ]

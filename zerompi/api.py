@@ -12,12 +12,13 @@ from mpi4py import MPI
 from torch import nn
 from torch.optim import Optimizer
 
-from zerompi import meta
+from zerompi import device, meta
 from zerompi.collectives.buffer import give_back_heap
 from zerompi.collectives.group import Group
 from zerompi.comm_thread import CommThread
 from zerompi.errors import MismatchError
 from zerompi.launch import check_world
+from zerompi.memory import HOST, Space
 from zerompi.optimizer import check_optimizer
 from zerompi.place import place
 from zerompi.placement import STAGES, Placement
@@ -67,7 +68,7 @@ def partition(
     optimizer are changed in place: keep using them.
 
     Args:
-        model: any module on the host or the meta device. Set `requires_grad` before.
+        model: any module on the host, one device of torch.cuda, or the meta device. Set `requires_grad` before.
         optimizer: a torch optimizer over the model's parameters; at stages 1 to 3 one that treats each
             element by itself (Adam, SGD, Adagrad ...).
         stage: 0 replicates, 1 partitions optimizer states, 2 also gradients, 3 also parameters.
@@ -113,6 +114,7 @@ def partition(
     except BaseException:
         world.close()
         raise
+    world.space = _space(model)
     precision = mixed_precision or MixedPrecision()
     shard_group, replica_group = _split(world, shard_ranks, stage)
     thread = CommThread(is_wanted=world.size > 1)
@@ -134,7 +136,7 @@ def partition(
         thread,
         nonfinite=nonfinite,
     )
-    landed = meta.land(model)
+    landed = meta.land(model, world.space.device)
     made = [Unit(plan, context) for plan in plans]
     place(made, context)
     for unit in made:
@@ -179,8 +181,19 @@ def _check(arguments: _Arguments, world: Group) -> None:
             raise ValueError(
                 f"model: expected parameters that are not partitioned yet, got {name}, which is"
             )
-        if parameter.device.type not in ("cpu", "meta"):
-            raise ValueError(f"model: expected {name} on cpu or meta, got {parameter.device}")
+        if parameter.device.type not in ("cpu", "cuda", "meta"):
+            raise ValueError(f"model: expected {name} on cpu, cuda or meta, got {parameter.device}")
+        if parameter.is_cuda and not device.is_installed():
+            raise ValueError(
+                f"model: expected CuPy for {name} on {parameter.device}, got none; install "
+                "'zerompi[cuda12]' or 'zerompi[cuda13]', or CuPy for ROCm"
+            )
+        is_somewhere = bool(parameter.numel()) and not parameter.is_meta
+        if is_somewhere and device.space_of(parameter) != _space(arguments.model):
+            raise ValueError(
+                f"model: expected all parameters in one kind of memory, got {name} on "
+                f"{_place(parameter)}, others elsewhere"
+            )
         if parameter.layout is not torch.strided:
             raise ValueError(f"model: expected a dense {name}, got {parameter.layout}")
         if parameter.is_meta and weakref.getweakrefs(parameter):
@@ -206,13 +219,14 @@ def _check(arguments: _Arguments, world: Group) -> None:
             f"node_cache: expected False at stage {arguments.stage}, where parameters are not gathered, "
             "got True"
         )
-    _check_quantize(arguments.quantize, arguments.stage)
+    _check_quantize(arguments)
     if arguments.optimizer is not None:
         sharded = STAGES[arguments.stage].optimizer_state is Placement.SHARD
         check_optimizer(arguments.optimizer, arguments.model, sharded=sharded)
 
 
-def _check_quantize(quantize: Any, stage: int) -> None:
+def _check_quantize(arguments: _Arguments) -> None:
+    quantize, stage = arguments.quantize, arguments.stage
     if quantize is None:
         return
     if not isinstance(quantize, Quantize):
@@ -227,6 +241,23 @@ def _check_quantize(quantize: Any, stage: int) -> None:
             f"quantize: expected weights=None at stage {stage}, where parameters are not gathered, got "
             f"{quantize.weights!r}"
         )
+    if _space(arguments.model) is not HOST:
+        raise ValueError(
+            f"quantize: expected None with parameters on a device, got {quantize}: messages are "
+            "quantized on the host only"
+        )
+
+
+def _space(model: nn.Module) -> Space:
+    """Where the first parameter lies: there the buffers will be."""
+    first = next((p for p in model.parameters() if not p.is_meta and p.numel()), None)
+    return HOST if first is None else device.space_of(first)
+
+
+def _place(parameter: nn.Parameter) -> str:
+    if not parameter.is_cuda and device.holds(parameter):
+        return "cpu, over memory of a device"
+    return parameter.device.type
 
 
 def _shard_size(topology: Topology, shard_ranks: Any) -> int:
@@ -268,7 +299,7 @@ def _description(arguments: _Arguments, plans: Sequence[UnitPlan]) -> list[str]:
         lines.append(f"unit {plan.name or '(root)'}")
         lines += [
             f"parameter {name}: {p.dtype}, shape {tuple(p.shape)}, requires_grad {p.requires_grad}, "
-            f"on {p.device.type}"
+            f"on {_place(p)}"
             for name, p in plan.parameters
         ]
     lines += [

@@ -1,4 +1,4 @@
-"""NumPy arrays and torch tensors as the flat torch tensors that collectives work on."""
+"""Arrays and tensors of all kinds as the flat memory that collectives work on."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from zerompi import device
+from zerompi.memory import DeviceArray, Flat
 
-def flat_tensor(name: str, array: Any, *, writable: bool = False) -> Tensor:
-    """A 1-D tensor over the memory of `array`; nothing is copied.
+
+def flat_tensor(name: str, array: Any, *, writable: bool = False) -> Flat:
+    """The memory of `array`, flat: a 1-D tensor on the host, or memory of a device. Nothing is copied.
 
     Args:
         name: of the argument, for messages.
-        array: a C-contiguous NumPy array or a contiguous, dense torch tensor on the host.
+        array: a C-contiguous NumPy or CuPy array, or a contiguous, dense torch tensor on the host or
+            of torch.cuda.
         writable: whether the array will be written.
 
     Raises:
-        TypeError: neither a NumPy array nor a torch tensor, or of a dtype that torch has not.
-        ValueError: not contiguous, not on the host, read-only although it will be written, or part of an
-            autograd graph.
+        TypeError: no array or tensor, or of a dtype that torch has not.
+        ValueError: not contiguous, on another device, read-only although it will be written, or part of
+            an autograd graph.
     """
     if isinstance(array, np.ndarray):
         return _from_numpy(name, array, writable)
     if not isinstance(array, Tensor):
+        if device.is_array(array):
+            return device.from_array(name, array)
         raise TypeError(
-            f"{name}: expected a NumPy array or a torch tensor, got {type(array).__name__}"
+            f"{name}: expected a NumPy or CuPy array or a torch tensor, got {type(array).__name__}"
         )
-    require_host_tensor(name, array)
+    require_dense_tensor(name, array)
     if array.requires_grad:
         raise ValueError(
             f"{name}: expected a tensor without requires_grad, got one with; detach it, or use "
@@ -45,11 +51,18 @@ def flat_tensor(name: str, array: Any, *, writable: bool = False) -> Tensor:
             f"{name}: expected a contiguous tensor, got shape {tuple(array.shape)} with strides "
             f"{array.stride()}"
         )
-    return array.view(-1)
+    return on_device(array.view(-1))
 
 
-def require_host_tensor(name: str, tensor: Any) -> None:
-    """Refuse what is no dense torch tensor on the host.
+def on_device(flat: Flat) -> Flat:
+    """Memory of a device as such; what is on the host as it is."""
+    if isinstance(flat, Tensor) and (device.is_active() or flat.is_cuda):
+        return device.from_tensor(flat) or flat
+    return flat
+
+
+def require_dense_tensor(name: str, tensor: Any) -> None:
+    """Refuse what is no dense torch tensor on the host or of torch.cuda.
 
     Raises:
         TypeError: no tensor, or a quantized one.
@@ -57,8 +70,8 @@ def require_host_tensor(name: str, tensor: Any) -> None:
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name}: expected a tensor on the host, got one on {tensor.device}")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {tensor.device}")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{name}: expected a dense tensor, got {tensor.layout}")
     if tensor.is_quantized:
@@ -97,9 +110,21 @@ class _Lent:
         self.__array_interface__ = {**array.__array_interface__, "data": (pointer, False)}
 
 
-def copy_values(target: Tensor, source: Tensor) -> None:
-    """Copy between contiguous 1-D tensors of one dtype; torch itself does not copy every dtype."""
-    target.view(torch.uint8).copy_(source.view(torch.uint8))
+def copy_values(target: Flat, source: Flat) -> None:
+    """Copy between contiguous 1-D memory of one dtype and kind; torch itself does not copy every dtype."""
+    if isinstance(target, Tensor) and isinstance(source, Tensor):
+        target.view(torch.uint8).copy_(source.view(torch.uint8))
+    else:
+        assert isinstance(target, DeviceArray)
+        assert isinstance(source, DeviceArray)
+        device.copy(target, source)
+
+
+def empty_like(flat: Flat) -> Flat:
+    """New memory of the same size, dtype and kind, contents undefined."""
+    if isinstance(flat, Tensor):
+        return torch.empty_like(flat)
+    return device.empty_like(flat)
 
 
 def host_bytes(tensor: Tensor) -> MPI.buffer:

@@ -20,7 +20,7 @@ A rank whose loss does not depend on the result skips that backward: the others 
 MismatchError at the next collective at which this rank meets them, or wait for it if there is none.
 Add `0 * result.sum()` to the loss of such a rank.
 
-Tensors are on the host and of any dense layout; those that are not contiguous are copied first.
+Tensors are on the host or of torch.cuda, of any dense layout; those that are not contiguous are copied first.
 Sums are those of `zerompi.collectives.reduce_scatter`: in rank order, narrow dtypes in float32.
 """
 
@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zerompi.arrays import copy_values, require_host_tensor
+from zerompi import device
+from zerompi.arrays import copy_values, require_dense_tensor
 from zerompi.collectives import contract
 from zerompi.collectives.all_gather import gather_blocks
 from zerompi.collectives.all_reduce import reduce_all
@@ -157,7 +158,7 @@ def _apply(
     """Check, agree, and run an autograd function; `multiple` is what the length of dim 0 must be divisible by."""
 
     def check() -> str:
-        require_host_tensor("tensor", tensor)
+        require_dense_tensor("tensor", tensor)
         if multiple is not None:
             _require_blocks(tensor, multiple)
         if "op" in settings:
@@ -176,6 +177,8 @@ def _apply(
     needed = torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad
     flags = contract.agreed_signature(group, operation, check, int(needed))
     source = tensor.contiguous().resolve_conj().resolve_neg()
+    if device.holds(source) and not source.is_cuda:
+        source = source.clone()  # on the host, where torch puts results
     if any(flags) and not needed:
         source = source.detach().requires_grad_()
     result: Tensor = function.apply(source, group, *settings.values())

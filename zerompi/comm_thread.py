@@ -13,11 +13,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 
 import torch
 from mpi4py import MPI
 
+from zerompi import device
 from zerompi.activity import COMM_THREAD
 from zerompi.errors import ZerompiError
 
@@ -34,11 +36,18 @@ class Ticket:
     Args:
         work: what to do.
         on_raise: called when `wait` raises what went wrong.
+        handover: with torch.cuda and another thread, what keeps their streams in order.
     """
 
-    def __init__(self, work: Callable[[], None], on_raise: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        work: Callable[[], None],
+        on_raise: Callable[[], None],
+        handover: device.Handover | None,
+    ) -> None:
         self._work = work
         self._on_raise = on_raise
+        self._handover = handover
         self._done = threading.Event()
         self.error: BaseException | None = None
 
@@ -49,7 +58,7 @@ class Ticket:
 
     def wait(self) -> None:
         """Wait until the work is done; raise what it raised."""
-        self._done.wait()
+        self.abandon()
         if self.error is not None:
             self._on_raise()
             raise self.error
@@ -57,11 +66,14 @@ class Ticket:
     def abandon(self) -> None:
         """Wait until the work is done, however it ends."""
         self._done.wait()
+        if self._handover is not None:
+            self._handover.join()
 
     def run(self) -> BaseException | None:
         """Do the work; return what it raised. `end` has to follow."""
         try:
-            self._work()
+            with nullcontext() if self._handover is None else self._handover.inside():
+                self._work()
         except BaseException as error:
             return error
         return None
@@ -103,11 +115,12 @@ class CommThread:
 
     def submit(self, work: Callable[[], None]) -> Ticket:
         """Queue `work`; it is done after everything that was submitted before."""
-        ticket = Ticket(work, self._forget_error)
         if self._thread is None:
+            ticket = Ticket(work, self._forget_error, None)
             work()
             ticket.end(None)
             return ticket
+        ticket = Ticket(work, self._forget_error, device.hand_over())
         with self._changed:
             if self._is_closed:
                 raise ZerompiError("this partition is closed")

@@ -85,6 +85,21 @@ def local_ranks() -> int:
     return int(tasks) if tasks.isdigit() else 1
 
 
+def local_rank() -> int | None:
+    """This rank's number among those of its node, as far as the launcher tells."""
+    for variable in (
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "MPI_LOCALRANKID",
+        "PALS_LOCAL_RANKID",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "SLURM_LOCALID",
+    ):
+        value = os.environ.get(variable, "")
+        if value.isdigit():
+            return int(value)
+    return None
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(_cores(0))

@@ -12,8 +12,8 @@ from zerompi.segment import placeholder
 from zerompi.unit import Unit
 
 
-def land(model: nn.Module) -> set[int] | None:
-    """Put meta parameters and buffers on the host.
+def land(model: nn.Module, device: torch.device) -> set[int] | None:
+    """Put meta parameters and buffers on a device, that of the other parameters.
 
     A parameter keeps its identity and gets no memory (it is a placeholder that reads as NaN); a
     buffer gets memory, NaN if it is of a floating-point dtype, so that what nobody fills is
@@ -28,13 +28,14 @@ def land(model: nn.Module) -> set[int] | None:
         for parameter in module._parameters.values():
             if parameter is not None and parameter.is_meta:
                 host = nn.Parameter(
-                    placeholder(parameter, parameter.dtype), requires_grad=parameter.requires_grad
+                    placeholder(parameter, parameter.dtype, device),
+                    requires_grad=parameter.requires_grad,
                 )
                 torch.utils.swap_tensors(parameter, host)
                 landed.add(id(parameter))
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
-                empty = torch.zeros(buffer.shape, dtype=buffer.dtype)
+                empty = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
                 if buffer.is_floating_point():
                     empty.fill_(float("nan"))
                 module._buffers[key] = empty

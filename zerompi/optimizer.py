@@ -406,8 +406,9 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, *, sharded: bool) ->
 def _is_elementwise(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Try it: three steps on a matrix and on the same numbers cut into pieces must agree."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(6, 5, generator=generator)
-    gradients = [torch.randn(6, 5, generator=generator) for _ in range(3)]
+    device = _device_of(group["params"])
+    start = torch.randn(6, 5, generator=generator).to(device)
+    gradients = [torch.randn(6, 5, generator=generator).to(device) for _ in range(3)]
     cuts = [0, 7, 7, 30]
 
     def run(parameters: list[nn.Parameter], parts: list[list[Tensor]]) -> Tensor:
@@ -446,3 +447,9 @@ def _is_elementwise(optimizer: Optimizer, group: dict[str, Any]) -> bool:
             f"failed ({type(error).__name__}: {error}); use stage=0 for it"
         ) from error
     return torch.allclose(whole, parts, rtol=1e-5, atol=1e-7)
+
+
+def _device_of(parameters: Sequence[Tensor]) -> torch.device:
+    """Where these parameters are going to be stepped."""
+    devices = [p.device for p in parameters if not p.is_meta]
+    return devices[0] if devices else torch.device("cpu")

@@ -34,10 +34,11 @@ def place(units: Sequence[Unit], context: Context) -> None:
     copies = [_pages(s.full_nbytes) for s in _segments(units)] if _has_node_copies(context) else []
     slots = [] if copies else _slot_sizes(units, context, is_kept=context.node_group is not None)
     regions = _region_sizes(units, context)
-    fits = group.node is not None and has_room(
+    shared = group.window_node
+    fits = shared is not None and has_room(
         sum(copies) + sum(map(sum, slots)) + sum(regions) * group.node_comm.size
     )
-    node = group.node if all(context.world.agree("place of the buffers", int(fits))) else None
+    node = shared if all(context.world.agree("place of the buffers", int(fits))) else None
     made = iter(_node_copies(node, units, copies, context) if node is not None else ())
     is_replicated = context.stage.optimizer_state is Placement.REPLICATE
     context.is_shared = node is not None and not is_replicated
@@ -108,21 +109,21 @@ def _pages(nbytes: int) -> int:
 
 def _make_slots(node: SharedNode | None, units: Sequence[Unit], context: Context) -> None:
     """Slots in the node's memory; without that in each rank's own, also what the node keeps."""
-    keeps = context.node_group is not None
+    keeps, group = context.node_group is not None, context.shard_group
     if keeps and node is None:
         for segment in _segments(units):
             segment.allocate_secondary()
     sizes = _slot_sizes(units, context, is_kept=keeps and node is not None)
     total = sum(map(sum, sizes))
     if node is None or not total:
-        rings = [[Slot(nbytes) for nbytes in ring] for ring in sizes]
+        rings = [[Slot(nbytes, group.allocate) for nbytes in ring] for ring in sizes]
     else:
         window = Window(node.comm, [total, *[0] * (node.comm.size - 1)])
         context.windows.append(window)
         context.memory.add("buffers", total // node.comm.size)
         memory = window.parts(0, total, torch.uint8)[0]
         parts = iter(memory.split([nbytes for ring in sizes for nbytes in ring]))
-        rings = [[Slot(nbytes, next(parts)) for nbytes in ring] for ring in sizes]
+        rings = [[Slot(nbytes, group.allocate, next(parts)) for nbytes in ring] for ring in sizes]
     if keeps and node is not None:
         for unit, slot in zip(units, rings[0], strict=True):
             unit.slot = slot

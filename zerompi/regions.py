@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from zerompi.collectives.buffer import Buffer, allocate
+from zerompi.collectives.buffer import Buffer
 from zerompi.collectives.fence import Fence
 from zerompi.collectives.shared import Window
 
@@ -31,6 +31,7 @@ class Slot:
 
     Args:
         nbytes: how much.
+        allocate: takes memory of this rank's own.
         shared: 1-D, uint8: memory that the ranks of the node have together; None is memory of this
             rank's own, taken when it is needed first and given back by `free`.
 
@@ -38,7 +39,13 @@ class Slot:
         user: who has it now.
     """
 
-    def __init__(self, nbytes: int, shared: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        allocate: Callable[[int, torch.dtype], torch.Tensor],
+        shared: torch.Tensor | None = None,
+    ) -> None:
+        self._allocate = allocate
         self.user: object | None = None
         self.nbytes = nbytes
         self.is_shared = shared is not None
@@ -48,7 +55,7 @@ class Slot:
         """Make sure that there is memory; return how many bytes were taken for it."""
         if self._memory is not None:
             return 0
-        self._memory = allocate(self.nbytes, torch.uint8)
+        self._memory = self._allocate(self.nbytes, torch.uint8)
         return self.nbytes
 
     def free(self) -> int:

@@ -364,7 +364,7 @@ class Zero:
                 flat = segment.main_values()
                 if keep:
                     for index, name in enumerate(segment.names):
-                        values[name] = segment.view(flat, index).clone()
+                        values[name] = segment.view(flat, index).to("cpu", copy=True)
         if not keep:
             return {}
         for name, buffer in states.persistent_buffers(self._model).items():

@@ -7,19 +7,21 @@ import pytest
 import torch
 
 from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, between_nodes, raw
+from harness.memory import each_memory
 from zerompi.collectives import all_gather
 from zerompi.collectives.all_gather import gather_blocks
 from zerompi.traffic import INTRA_NODE
 
 
-def test_all_gather_moves_every_bit_of_every_dtype(group):
+@each_memory
+def test_all_gather_moves_every_bit_of_every_dtype(group, memory):
     for dtype in ALL_DTYPES:
-        send = raw(dtype, 5, group.rank)
-        recv = raw(dtype, 5 * group.size, 77)
+        send = memory.put(raw(dtype, 5, group.rank))
+        recv = memory.put(raw(dtype, 5 * group.size, 77))
         all_gather(send, recv, group)
         expected = b"".join(as_bytes(raw(dtype, 5, rank)) for rank in range(group.size))
-        assert as_bytes(recv) == expected, dtype
-        assert as_bytes(send) == as_bytes(raw(dtype, 5, group.rank)), dtype
+        assert as_bytes(memory.get(recv)) == expected, dtype
+        assert as_bytes(memory.get(send)) == as_bytes(raw(dtype, 5, group.rank)), dtype
 
 
 @pytest.mark.parametrize("code", NUMPY_DTYPES)
@@ -37,11 +39,12 @@ def test_all_gather_takes_an_array_and_a_tensor_together(group):
     assert recv[:, 0].tolist() == list(range(group.size))
 
 
-def test_all_gather_in_place_reads_its_own_block(group):
-    recv = torch.full((group.size, 3), -1)
+@each_memory
+def test_all_gather_in_place_reads_its_own_block(group, memory):
+    recv = memory.put(torch.full((group.size, 3), -1))
     recv[group.rank] = group.rank
     all_gather(recv[group.rank], recv, group)
-    assert recv.tolist() == [[rank] * 3 for rank in range(group.size)]
+    assert memory.get(recv).tolist() == [[rank] * 3 for rank in range(group.size)]
 
 
 def test_all_gather_of_a_scalar(group):
@@ -51,8 +54,10 @@ def test_all_gather_of_a_scalar(group):
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 2)])
-def test_all_gather_of_nothing_sends_nothing(group, shape):
-    all_gather(torch.empty(shape), torch.empty(group.size, *shape), group)
+@each_memory
+def test_all_gather_of_nothing_sends_nothing(group, shape, memory):
+    full = torch.empty(group.size, *shape)
+    all_gather(memory.put(torch.empty(shape)), memory.put(full), group)
     assert group.traffic.total("all_gather") == 0
 
 
@@ -67,15 +72,17 @@ def test_all_gather_reads_a_read_only_array_without_a_warning(flat, recwarn):
 
 
 @pytest.mark.parametrize("lengths", [[3, 0, 5, 1], [0, 0, 0, 7], [4, 4, 4, 4], [0, 0, 0, 0]])
-def test_gather_blocks_takes_blocks_of_any_length(group, lengths):
+@each_memory
+def test_gather_blocks_takes_blocks_of_any_length(group, lengths, memory):
     stops = np.cumsum(lengths[: group.size]).tolist()
     starts = [0, *stops[:-1]]
     ranges = list(zip(starts, stops, strict=True))
     full = torch.full((stops[-1] + 2,), -1.0)
     full[slice(*ranges[group.rank])] = group.rank
-    gather_blocks(full, ranges, group)
+    flat = memory.put_tensor(full)
+    gather_blocks(flat, ranges, group)
     owners = [rank for rank in range(group.size) for _ in range(lengths[rank])]
-    assert full.tolist() == [*owners, -1, -1]
+    assert memory.get(flat).tolist() == [*owners, -1, -1]
 
 
 def test_all_gather_enters_each_other_node_once(group):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from collectives.samples import NUMPY_DTYPES, PLAIN_DTYPES, as_bytes, documented_sum, numbers
+from harness.memory import each_memory
 from zerompi.collectives import all_gather, all_reduce, reduce_scatter
 from zerompi.layout import FlatLayout
 from zerompi.traffic import INTER_GROUP, INTER_NODE, INTRA_NODE
@@ -49,12 +50,13 @@ def test_all_reduce_takes_numpy_arrays(flat, code):
     np.testing.assert_array_equal(recv, np.full((2, 3), flat.size, dtype=code))
 
 
+@each_memory
 @pytest.mark.parametrize("numel", [1, 2, 3, 5, 64])
-def test_all_reduce_in_place(group, numel):
+def test_all_reduce_in_place(group, numel, memory):
     values = [numbers(torch.float64, numel, rank) for rank in range(group.size)]
-    own = values[group.rank].clone()
+    own = memory.put(values[group.rank].clone())
     all_reduce(own, own, group)
-    assert torch.equal(own, documented_sum(values, group))
+    assert torch.equal(memory.get(own), documented_sum(values, group))
 
 
 def test_all_reduce_of_a_scalar(group):

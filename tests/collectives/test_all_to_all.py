@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, between_nodes, raw
+from harness.memory import each_memory
 from zerompi.collectives import all_to_all
 
 
@@ -21,11 +22,12 @@ def test_all_to_all_moves_every_bit_of_every_dtype(flat, dtype):
     assert as_bytes(send[flat.rank]) == as_bytes(raw(dtype, n * flat.size, flat.rank))
 
 
-def test_all_to_all_transposes_over_every_layout(group):
+@each_memory
+def test_all_to_all_transposes_over_every_layout(group, memory):
     send = torch.arange(group.size) + 10 * group.rank
-    recv = torch.empty_like(send)
-    all_to_all(send, recv, group)
-    assert recv.tolist() == [10 * rank + group.rank for rank in range(group.size)]
+    recv = memory.put(torch.empty_like(send))
+    all_to_all(memory.put(send), recv, group)
+    assert memory.get(recv).tolist() == [10 * rank + group.rank for rank in range(group.size)]
 
 
 @pytest.mark.parametrize("code", NUMPY_DTYPES)

@@ -228,7 +228,7 @@ def test_a_rank_that_skips_a_backward_is_found_at_the_next_collective(flat):
         (
             lambda g: autograd.all_reduce(torch.ones(2, device="meta"), g),
             ValueError,
-            "tensor: expected a tensor on the host",
+            "tensor: expected a tensor on cpu or cuda",
         ),
         (
             lambda g: autograd.broadcast(torch.ones(2).to_sparse(), g),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, documented_sum, numbers, raw
+from harness.memory import each_memory
 from zerompi.collectives import broadcast
 from zerompi.collectives.reduce import reduce_to_root
 
@@ -21,12 +22,14 @@ def test_broadcast_moves_every_bit_of_every_dtype(flat, dtype):
     assert as_bytes(recv) == as_bytes(raw(dtype, 5, root))
 
 
+@each_memory
 @pytest.mark.parametrize("numel", [1, 7, LARGE])
-def test_broadcast_from_every_root(group, numel):
+def test_broadcast_from_every_root(group, numel, memory):
     for root in range(group.size):
-        recv = torch.full((numel,), -1.0)
-        broadcast(numbers(torch.float32, numel, group.rank), recv, group, root=root)
-        assert torch.equal(recv, numbers(torch.float32, numel, root))
+        recv = memory.put(torch.full((numel,), -1.0))
+        send = memory.put(numbers(torch.float32, numel, group.rank))
+        broadcast(send, recv, group, root=root)
+        assert torch.equal(memory.get(recv), numbers(torch.float32, numel, root))
 
 
 @pytest.mark.parametrize("numel", [3, LARGE])
@@ -71,11 +74,12 @@ def test_a_large_broadcast_is_a_scatter_and_an_all_gather(flat):
     assert flat.traffic.total("broadcast") == scattered + gathered
 
 
+@each_memory
 @pytest.mark.parametrize("numel", [0, 1, 7, LARGE])
-def test_reduce_brings_the_documented_sum_to_the_root(group, numel):
+def test_reduce_brings_the_documented_sum_to_the_root(group, numel, memory):
     values = [numbers(torch.float32, numel, rank) for rank in range(group.size)]
     for root in range(group.size):
-        own = values[group.rank].clone()
+        own = memory.put_tensor(values[group.rank].clone())
         reduce_to_root(own, group, root)
         if group.rank == root:
-            assert torch.equal(own, documented_sum(values, group))
+            assert torch.equal(memory.get(own), documented_sum(values, group))

@@ -8,6 +8,7 @@ import torch
 from mpi4py import MPI
 
 import zerompi
+from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, DeviceMemory
 from zerompi.collectives import (
     Group,
     all_gather,
@@ -42,13 +43,13 @@ def expect(group, call, error, message):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda n: [0.0] * n, TypeError, "send: expected a NumPy array or a torch tensor, got list"),
+        (lambda n: [0.0] * n, TypeError, "send: expected a NumPy or CuPy array or .*, got list"),
         (lambda n: torch.zeros(n).double(), TypeError, "recv: expected the dtype of send"),
         (lambda n: torch.zeros(2 * n), ValueError, "recv: expected [0-9]+ elements .*, got [0-9]+"),
         (lambda n: torch.zeros(n, 2)[:, 0], ValueError, "send: expected a contiguous tensor"),
         (lambda n: np.zeros((n, 2), "f")[:, 0], ValueError, "send: expected a C-contiguous array"),
         (lambda n: torch.zeros(n, requires_grad=True), ValueError, "send: .*requires_grad"),
-        (lambda n: torch.zeros(n, device="meta"), ValueError, "send: expected .* on the host"),
+        (lambda n: torch.zeros(n, device="meta"), ValueError, "send: expected .* on cpu or cuda"),
         (lambda n: torch.zeros(n).to_sparse(), ValueError, "send: expected a dense tensor"),
         (lambda n: np.zeros(n, object), TypeError, "send: expected a dtype that torch has"),
         (lambda n: np.zeros(n, "M8[s]"), TypeError, "send: expected a dtype that torch has"),
@@ -225,7 +226,25 @@ def test_an_unforeseen_error_of_a_check_reaches_the_others_too(flat):
     expect(flat, lambda: contract.agreed_signature(flat, "lottery", check), *expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_device_tensors_are_refused(flat):
-    own = torch.zeros(1, device="cuda")
-    expect(flat, lambda: all_reduce(own, own, flat), ValueError, "expected a tensor on the host")
+@pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
+def test_memory_of_two_kinds_is_refused(flat):
+    host, on_device = torch.ones(2 * flat.size), DeviceMemory().put(torch.ones(2 * flat.size))
+    for send, recv, place in [(host, on_device, "on the host"), (on_device, host, "on a device")]:
+        call = lambda: all_to_all(send, recv, flat)  # noqa: B023, E731
+        expect(flat, call, ValueError, f"recv: expected memory {place}, as send has")
+
+
+@pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
+def test_ranks_with_memory_of_two_kinds_are_told(flat):
+    if flat.size == 1:
+        pytest.skip("needs another rank")
+    own = torch.ones(2)
+    if flat.rank == 0:
+        own = DeviceMemory().put(own)
+    expect(flat, lambda: all_reduce(own, own, flat), zerompi.MismatchError, "on a device")
+
+
+@pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
+def test_a_strided_device_array_is_refused(flat):
+    own = DeviceMemory().put(torch.ones(2 * flat.size, 2))[:, 0]
+    expect(flat, lambda: all_reduce(own, own, flat), ValueError, "send: expected a C-contiguous")

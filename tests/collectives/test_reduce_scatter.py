@@ -16,6 +16,7 @@ from collectives.samples import (
     documented_sum,
     numbers,
 )
+from harness.memory import each_memory
 from zerompi.collectives import reduce_scatter
 from zerompi.collectives.reduce_scatter import reduce_blocks
 from zerompi.traffic import INTRA_NODE
@@ -27,27 +28,29 @@ def summands(dtype, numel, group):
     return [numbers(dtype, numel, rank) for rank in range(group.size)]
 
 
-def test_reduce_scatter_sums_in_the_documented_order_bit_for_bit(group):
+@each_memory
+def test_reduce_scatter_sums_in_the_documented_order_bit_for_bit(group, memory):
     n = 7
     own = slice(group.rank * n, (group.rank + 1) * n)
     for dtype in PLAIN_DTYPES:
         send = summands(dtype, n * group.size, group)
-        recv = torch.empty(n, dtype=dtype)
-        reduce_scatter(send[group.rank], recv, group)
-        assert as_bytes(recv) == as_bytes(documented_sum(send, group)[own]), dtype
+        full, recv = memory.put(send[group.rank]), memory.put(torch.empty(n, dtype=dtype))
+        reduce_scatter(full, recv, group)
+        assert as_bytes(memory.get(recv)) == as_bytes(documented_sum(send, group)[own]), dtype
         unchanged = numbers(dtype, n * group.size, group.rank)
-        assert as_bytes(send[group.rank]) == as_bytes(unchanged), dtype
+        assert as_bytes(memory.get(full)) == as_bytes(unchanged), dtype
 
 
-def test_mean_is_scaled_once_in_the_accumulator(group):
+@each_memory
+def test_mean_is_scaled_once_in_the_accumulator(group, memory):
     n = 4
     own = slice(group.rank * n, (group.rank + 1) * n)
     for dtype in FLOATING:
         send = summands(dtype, n * group.size, group)
-        recv = torch.empty(n, dtype=dtype)
-        reduce_scatter(send[group.rank], recv, group, op="mean")
+        recv = memory.put(torch.empty(n, dtype=dtype))
+        reduce_scatter(memory.put(send[group.rank]), recv, group, op="mean")
         expected = documented_sum(send, group, 1.0 / group.size)
-        assert as_bytes(recv) == as_bytes(expected[own]), dtype
+        assert as_bytes(memory.get(recv)) == as_bytes(expected[own]), dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -70,12 +73,13 @@ def test_float16_mean_does_not_overflow_before_the_scale(flat):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.int8])
-def test_integer_sums_wrap_around(flat, dtype):
+@each_memory
+def test_integer_sums_wrap_around(flat, dtype, memory):
     top = torch.iinfo(dtype).max
-    recv = torch.empty(1, dtype=dtype)
-    reduce_scatter(torch.tensor([top] * flat.size, dtype=dtype), recv, flat)
+    recv = memory.put(torch.empty(1, dtype=dtype))
+    reduce_scatter(memory.put(torch.tensor([top] * flat.size, dtype=dtype)), recv, flat)
     bits = torch.iinfo(dtype).bits
-    assert (recv.item() - top * flat.size) % 2**bits == 0
+    assert (memory.get(recv).item() - top * flat.size) % 2**bits == 0
 
 
 @pytest.mark.parametrize("code", NUMPY_DTYPES)
@@ -86,10 +90,12 @@ def test_reduce_scatter_takes_numpy_arrays(flat, code):
     np.testing.assert_array_equal(recv, np.full(2, flat.size, dtype=code))
 
 
-def test_reduce_scatter_in_place_writes_its_own_block(group):
+@each_memory
+def test_reduce_scatter_in_place_writes_its_own_block(group, memory):
     send = summands(torch.float32, 3 * group.size, group)
-    full = send[group.rank].clone().view(group.size, 3)
-    reduce_scatter(full, full[group.rank], group)
+    array = memory.put(send[group.rank].clone().view(group.size, 3))
+    reduce_scatter(array, array[group.rank], group)
+    full = memory.get(array)
     expected = documented_sum(send, group).view(group.size, 3)
     assert torch.equal(full[group.rank], expected[group.rank])
     others = [rank for rank in range(group.size) if rank != group.rank]
@@ -102,24 +108,26 @@ def test_reduce_scatter_of_nothing_sends_nothing(group):
 
 
 @pytest.mark.parametrize("lengths", [[3, 0, 5, 1], [0, 0, 0, 7], [0, 0, 0, 0]])
-def test_reduce_blocks_takes_blocks_of_any_length(group, lengths):
+@each_memory
+def test_reduce_blocks_takes_blocks_of_any_length(group, lengths, memory):
     stops = np.cumsum(lengths[: group.size]).tolist()
     ranges = list(zip([0, *stops[:-1]], stops, strict=True))
     send = summands(torch.float32, stops[-1], group)
-    out = torch.empty(lengths[group.rank])
-    reduce_blocks(send[group.rank], out, ranges, group)
-    assert torch.equal(out, documented_sum(send, group)[slice(*ranges[group.rank])])
+    out = memory.put_tensor(torch.empty(lengths[group.rank]))
+    reduce_blocks(memory.put_tensor(send[group.rank]), out, ranges, group)
+    assert torch.equal(memory.get(out), documented_sum(send, group)[slice(*ranges[group.rank])])
 
 
-def test_reduce_blocks_in_chunks_sums_the_same(group, monkeypatch):
+@each_memory
+def test_reduce_blocks_in_chunks_sums_the_same(group, monkeypatch, memory):
     # The package names the function like its module.
     module = import_module("zerompi.collectives.reduce_scatter")
     monkeypatch.setattr(module, "_CHUNK_NBYTES", 12)
     send = summands(torch.float32, 10 * group.size, group)
-    recv = torch.empty(10)
-    reduce_scatter(send[group.rank], recv, group)
+    recv = memory.put(torch.empty(10))
+    reduce_scatter(memory.put(send[group.rank]), recv, group)
     expected = documented_sum(send, group)
-    assert torch.equal(recv, expected[group.rank * 10 : (group.rank + 1) * 10])
+    assert torch.equal(memory.get(recv), expected[group.rank * 10 : (group.rank + 1) * 10])
 
 
 def test_every_run_gives_the_same_bits(group):

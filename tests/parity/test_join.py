@@ -203,9 +203,11 @@ def test_a_pass_of_weight_0_counts_for_nothing(comm, stage):
         optimizer.zero_grad()
         with pytest.raises(zerompi.ZerompiError, match="weight of 0 on all"), zero.weighted(0):
             case.loss(model(x), y).backward()
-        with pytest.raises(ValueError, match="samples: expected 0 or a positive number, got -1"):
-            with zero.weighted(-1):
-                pass
+        with (
+            pytest.raises(ValueError, match="samples: expected 0 or a positive number, got -1"),
+            zero.weighted(-1),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("counts", COUNTS)
@@ -408,9 +410,11 @@ def test_settings_that_differ_between_ranks_are_refused(comm, stage):
     """A scheduler that was stepped inside join() and not named would leave the ranks apart."""
     case = CASES["mlp"]
     model, optimizer = build(case)
-    zero = zerompi.partition(model, optimizer, stage=stage, comm=comm)
-    x, y = case.batch(0)
-    case.loss(model(x), y).backward()
-    optimizer.param_groups[0]["lr"] = 1.0 + comm.rank
-    with pytest.raises(zerompi.MismatchError, match=r"rank 0 has lr 1\.0 in param group 0, rank 1"):
-        optimizer.step()
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm):
+        x, y = case.batch(0)
+        case.loss(model(x), y).backward()
+        optimizer.param_groups[0]["lr"] = 1.0 + comm.rank
+        with pytest.raises(
+            zerompi.MismatchError, match=r"rank 0 has lr 1\.0 in param group 0, rank 1"
+        ):
+            optimizer.step()

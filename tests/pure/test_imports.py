@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "zerompi"
 
 # A module or sub-package imports from its own layer and the layers below it only.
 LAYERS = [
-    {"errors", "version", "dtypes", "layout", "placement", "report"},
+    {"errors", "version", "dtypes", "layout", "placement", "report", "memory", "kernels"},
     {
         "launch",
         "activity",
@@ -27,7 +27,9 @@ LAYERS = [
         "traffic",
         "nested",
         "comm_thread",
-        "kernels",
+        "device",
+        "cuda_aware",
+        "local_device",
     },
     {"collectives"},
     {"autograd", "precision", "quantize", "units"},
@@ -58,6 +60,8 @@ FORBIDDEN = {
     "placement": {"torch", "mpi4py", "numpy"},
     "dtypes": {"mpi4py"},
     "report": {"mpi4py"},
+    "memory": {"mpi4py", "numpy", "cupy"},
+    "device": {"mpi4py"},
     "nested": {"mpi4py"},
     "units": {"mpi4py"},
     "precision": {"mpi4py"},

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
+import typer
 from mpi4py import MPI
 from rich.table import Table
 
 import zerompi
+from zerompi import cuda_aware, device
+from zerompi.cli.probe import probe as run_probe
 from zerompi.launch import launched_size, local_ranks, num_cores, threads_per_rank
+from zerompi.train.config import InputError
 from zerompi.train.display import make_console
 
 _PACKAGES = ("mpi4py", "torch", "numpy", "safetensors", "transformers")
@@ -23,15 +28,27 @@ _THREAD_LEVELS = {
 }
 
 
-def info() -> Callable[[], None]:
-    """Show the MPI library, the ranks and their nodes, versions, cores and memory.
+def info(
+    probe: bool = typer.Option(
+        False,
+        "--probe",
+        help="Also try, in a job of its own that may crash, whether MPI can send memory of devices. "
+        "Without mpiexec.",
+    ),
+    launcher: str | None = typer.Option(
+        None, help="What starts the two ranks of that job. Default: mpiexec -n 2"
+    ),
+) -> Callable[[], None]:
+    """Show the MPI library, the ranks and their nodes, versions, cores, memory and devices.
 
     With mpiexec it shows the job; without, a single process.
     """
-    return _show
+    if probe and MPI.COMM_WORLD.size > 1:
+        raise InputError("--probe: expected a single process, which starts a job, got several")
+    return partial(_show, probe_with=(launcher,) if probe else None)
 
 
-def _show() -> None:
+def _show(probe_with: tuple[str | None] | None) -> None:
     world = MPI.COMM_WORLD
     topology = zerompi.Topology(world)
     local_size = len(topology.ranks_of_node[topology.node_of[world.rank]])
@@ -51,6 +68,12 @@ def _show() -> None:
     table.add_row("cores of rank 0", f"{num_cores()} of {os.cpu_count()}")
     table.add_row("threads per rank", ", ".join(map(str, sorted(set(threads)))))
     table.add_row("memory of node 0", _memory())
+    table.add_row("devices of rank 0", _devices())
+    aware = cuda_aware.detect()
+    table.add_row("MPI reads devices", f"{'yes' if aware.is_aware else 'no'}: {aware.source}")
+    table.add_row("device transport", _transport(aware.is_aware))
+    if probe_with is not None:
+        table.add_row("probe", run_probe(*probe_with))
     table.add_row("Python", platform.python_version())
     for name in _PACKAGES:
         table.add_row(name, _version(name))
@@ -63,6 +86,22 @@ def _launcher() -> str:
         return "none (a single process)"
     size, name = found
     return f"{name}, {size} processes, {local_ranks()} on this node"
+
+
+def _devices() -> str:
+    if not device.is_installed():
+        return "none: CuPy is not installed"
+    names = [device.name(number) for number in range(device.count())]
+    return ", ".join(names) or "none that CuPy sees"
+
+
+def _transport(is_aware: bool) -> str:
+    forced = os.environ.get("ZEROMPI_DEVICE_TRANSPORT")
+    if forced:
+        return f"{forced}: ZEROMPI_DEVICE_TRANSPORT says so"
+    if is_aware:
+        return "cuda-aware"
+    return "ipc inside nodes where it works, staged otherwise"
 
 
 def _memory() -> str:

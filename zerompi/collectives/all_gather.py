@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
-
 from zerompi.arrays import copy_values, flat_tensor
 from zerompi.collectives import contract, staging
 from zerompi.collectives.group import Group
+from zerompi.collectives.lane import on_any_memory
+from zerompi.collectives.node import Node
+from zerompi.memory import Flat
 from zerompi.topology import Topology
 
 Ranges = Sequence[tuple[int, int]]
@@ -36,7 +37,7 @@ def all_gather(send: Any, recv: Any, group: Group) -> None:
 
     def check() -> contract.Call:
         out, block = flat_tensor("recv", recv, writable=True), flat_tensor("send", send)
-        contract.require_equal_dtype(block, out)
+        contract.require_alike(block, out)
         n = block.numel()
         contract.require_numel("recv", out, n * group.size, f"{n} of each of {group.size} ranks")
         own = out[group.rank * n : (group.rank + 1) * n]
@@ -45,6 +46,11 @@ def all_gather(send: Any, recv: Any, group: Group) -> None:
         return contract.Call(block, out, contract.signature("all_gather", block))
 
     block, out, _ = contract.agreed(group, "all_gather", check)
+    _gather(block, out, group)
+
+
+@on_any_memory
+def _gather(block: Flat, out: Flat, group: Group) -> None:
     n = block.numel()
     own = out[group.rank * n : (group.rank + 1) * n]
     if n and not contract.same_memory(block, own):
@@ -52,7 +58,8 @@ def all_gather(send: Any, recv: Any, group: Group) -> None:
     gather_blocks(out, [(r * n, (r + 1) * n) for r in range(group.size)], group)
 
 
-def gather_blocks(full: Tensor, ranges: Ranges, group: Group, *, label: str = "all_gather") -> None:
+@on_any_memory
+def gather_blocks(full: Flat, ranges: Ranges, group: Group, *, label: str = "all_gather") -> None:
     """Fill `full` in place with the blocks of all ranks. Collective, unchecked.
 
     Args:
@@ -66,8 +73,9 @@ def gather_blocks(full: Tensor, ranges: Ranges, group: Group, *, label: str = "a
     topology, rank = group.topology, group.rank
     blocks = _blocks(full, ranges, group)
     others = [peer for peer in range(group.size) if peer != rank]
+    shared = group.node_of(full)
     longest = max(block.nbytes for block in blocks)
-    if group.is_flat("all_gather", longest):
+    if group.is_flat("all_gather", longest, has_node=shared is not None):
         group.exchange(
             [(peer, blocks[rank]) for peer in others],
             [(peer, blocks[peer]) for peer in others],
@@ -80,8 +88,8 @@ def gather_blocks(full: Tensor, ranges: Ranges, group: Group, *, label: str = "a
         peer: [o for o in range(group.size) if topology.delegate(node, o) == peer]
         for peer in topology.ranks_of_node[node]
     }
-    if group.node is not None:
-        _share_in_node(blocks, handled, group, label)
+    if shared is not None:
+        _share_in_node(shared, blocks, handled, group, label)
         return
     local = [peer for peer in topology.ranks_of_node[node] if peer != rank]
     group.exchange(
@@ -92,7 +100,7 @@ def gather_blocks(full: Tensor, ranges: Ranges, group: Group, *, label: str = "a
 
 
 def gather_node_copies(
-    copies: Sequence[tuple[Tensor, Ranges]], group: Group, *, label: str = "all_gather"
+    copies: Sequence[tuple[Flat, Ranges]], group: Group, *, label: str = "all_gather"
 ) -> None:
     """Fill what the node has one copy of with the blocks of all ranks. Collective, unchecked.
 
@@ -112,12 +120,12 @@ def gather_node_copies(
     group.node.fence.cross()
 
 
-def _blocks(full: Tensor, ranges: Ranges, group: Group) -> list[Tensor]:
+def _blocks(full: Flat, ranges: Ranges, group: Group) -> list[Flat]:
     """The block of each rank."""
     return [full[slice(*ranges[group.topology.shard_index(rank)])] for rank in range(group.size)]
 
 
-def gather_from_nodes(buffers: Sequence[Sequence[Tensor]], group: Group, label: str) -> None:
+def gather_from_nodes(buffers: Sequence[Sequence[Flat]], group: Group, label: str) -> None:
     """Each block enters each other node once, through the delegate of its owner there.
 
     Args:
@@ -162,11 +170,10 @@ def _steps_between_nodes(topology: Topology, rank: int) -> list[tuple[_Messages,
 
 
 def _share_in_node(
-    blocks: Sequence[Tensor], handled: Mapping[int, list[int]], group: Group, label: str
+    node: Node, blocks: Sequence[Flat], handled: Mapping[int, list[int]], group: Group, label: str
 ) -> None:
-    """Pass the blocks that each rank of the node handles on to the others, through shared memory."""
-    node, rank = group.node, group.rank
-    assert node is not None
+    """Pass the blocks that each rank of the node handles on to the others, through staging memory."""
+    rank = group.rank
     chunk = staging.chunk_numel(group.size, blocks[0].dtype)
     longest = max(block.numel() for block in blocks)
     for start in range(0, longest, chunk):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
-from zerompi.arrays import flat_tensor
+from zerompi.arrays import copy_values, flat_tensor
 from zerompi.collectives import contract
 from zerompi.collectives.all_gather import Ranges, gather_blocks
 from zerompi.collectives.group import Group
+from zerompi.collectives.lane import on_any_memory
 from zerompi.collectives.reduce_scatter import reduce_blocks
 from zerompi.layout import FlatLayout
+from zerompi.memory import Flat
 
 
 def all_reduce(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
@@ -36,7 +36,7 @@ def all_reduce(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
 
     def check() -> contract.Call:
         source, out = flat_tensor("send", send), flat_tensor("recv", recv, writable=True)
-        contract.require_equal_dtype(source, out)
+        contract.require_alike(source, out)
         contract.require_op(op, source.dtype)
         contract.require_numel("recv", out, source.numel(), "as send has")
         if not contract.same_memory(source, out):
@@ -44,20 +44,26 @@ def all_reduce(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
         return contract.Call(source, out, contract.signature("all_reduce", source, op=op))
 
     source, out, _ = contract.agreed(group, "all_reduce", check)
+    _reduce(source, out, group, op)
+
+
+@on_any_memory
+def _reduce(source: Flat, out: Flat, group: Group, op: str) -> None:
     if not contract.same_memory(source, out):
-        out.copy_(source)
+        copy_values(out, source)
     ranges = FlatLayout([(out.numel(),)], group.size).shard_ranges
     reduce_all(out, ranges, group, scale=contract.scale_of(op, group))
 
 
+@on_any_memory
 def reduce_all(
-    full: Tensor,
+    full: Flat,
     ranges: Ranges,
     group: Group,
     *,
     scale: float = 1.0,
     label: str = "all_reduce",
-    peers: Sequence[Tensor] | None = None,
+    peers: Sequence[Flat] | None = None,
 ) -> None:
     """`full` = `scale` times the sum over ranks, in place. Collective, unchecked.
 

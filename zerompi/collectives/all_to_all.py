@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from zerompi.arrays import copy_values, flat_tensor
 from zerompi.collectives import contract
 from zerompi.collectives.group import Group
+from zerompi.collectives.lane import on_any_memory
+from zerompi.memory import Flat
 
 
 def all_to_all(send: Any, recv: Any, group: Group) -> None:
@@ -31,7 +31,7 @@ def all_to_all(send: Any, recv: Any, group: Group) -> None:
 
     def check() -> contract.Call:
         source, out = flat_tensor("send", send), flat_tensor("recv", recv, writable=True)
-        contract.require_equal_dtype(source, out)
+        contract.require_alike(source, out)
         if source.numel() % group.size:
             raise ValueError(
                 f"send: expected a multiple of {group.size} elements, got {source.numel()}"
@@ -44,11 +44,12 @@ def all_to_all(send: Any, recv: Any, group: Group) -> None:
     swap_blocks(source, out, group)
 
 
-def swap_blocks(source: Tensor, out: Tensor, group: Group, *, label: str = "all_to_all") -> None:
+@on_any_memory
+def swap_blocks(source: Flat, out: Flat, group: Group, *, label: str = "all_to_all") -> None:
     """The equal blocks of `source` to their ranks, theirs into `out`; 1-D. Collective, unchecked."""
     n = source.numel() // group.size
-    sends = source.view(group.size, n)
-    recvs = out.view(group.size, n)
+    sends = [source[rank * n : (rank + 1) * n] for rank in range(group.size)]
+    recvs = [out[rank * n : (rank + 1) * n] for rank in range(group.size)]
     copy_values(recvs[group.rank], sends[group.rank])
     others = [peer for peer in range(group.size) if peer != group.rank]
     group.exchange(

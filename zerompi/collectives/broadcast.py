@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from zerompi.arrays import copy_values, flat_tensor
 from zerompi.collectives import contract
 from zerompi.collectives.all_gather import gather_blocks
 from zerompi.collectives.group import Group
+from zerompi.collectives.lane import on_any_memory
 from zerompi.layout import FlatLayout
+from zerompi.memory import Flat
 
 _SMALL_NBYTES = 64 << 10
 
@@ -38,19 +38,25 @@ def broadcast(send: Any, recv: Any, group: Group, root: int = 0) -> None:
     def check() -> contract.Call:
         source, out = flat_tensor("send", send), flat_tensor("recv", recv, writable=True)
         contract.require_root(root, group)
-        contract.require_equal_dtype(source, out)
+        contract.require_alike(source, out)
         contract.require_numel("recv", out, source.numel(), "as send has")
         if not contract.same_memory(source, out):
             contract.require_disjoint(source, out, "send being recv")
         return contract.Call(source, out, contract.signature("broadcast", source, root=root))
 
     source, out, _ = contract.agreed(group, "broadcast", check)
+    _broadcast(source, out, group, root)
+
+
+@on_any_memory
+def _broadcast(source: Flat, out: Flat, group: Group, root: int) -> None:
     if group.rank == root and not contract.same_memory(source, out):
         copy_values(out, source)
     spread(out, group, root)
 
 
-def spread(full: Tensor, group: Group, root: int, *, label: str = "broadcast") -> None:
+@on_any_memory
+def spread(full: Flat, group: Group, root: int, *, label: str = "broadcast") -> None:
     """`full` becomes the root's, in place. Collective, unchecked.
 
     Small: the root sends everything to everyone. Large: a block to each, then an all-gather.
@@ -71,7 +77,7 @@ def spread(full: Tensor, group: Group, root: int, *, label: str = "broadcast") -
     gather_blocks(full, ranges, group, label=label)
 
 
-def _send_from_root(blocks: Sequence[Tensor], group: Group, root: int, label: str) -> None:
+def _send_from_root(blocks: Sequence[Flat], group: Group, root: int, label: str) -> None:
     """Block r of the root goes to rank r."""
     if group.rank == root:
         others = [peer for peer in range(group.size) if peer != root]

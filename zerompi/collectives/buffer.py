@@ -11,6 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from zerompi import device
+from zerompi.memory import HOST, Space
+
 # mallopt(3) of the GNU C library. Normally the threshold above which malloc maps memory of its own
 # grows with what is freed, up to 32 MiB; these are the values at the end of that growth.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -72,8 +75,11 @@ class Buffer:
         self.nbytes = tensor.nbytes
 
 
-def allocate(numel: int, dtype: torch.dtype) -> Tensor:
-    """A 1-D tensor, contents undefined, whose memory goes back to the system with it."""
+def allocate(numel: int, dtype: torch.dtype, space: Space = HOST) -> Tensor:
+    """A 1-D tensor, contents undefined; on the host its memory goes back to the system with it."""
+    if space.is_device:
+        with torch.inference_mode(False):
+            return device.allocate(numel, dtype, space)
     with _own_mapping(), torch.inference_mode(False):
         return torch.empty(numel, dtype=dtype)
 
@@ -85,6 +91,9 @@ def lend(tensor: Tensor) -> tuple[Tensor, weakref.ref[object] | None]:
     """
     if not tensor.numel():
         return tensor, None
+    if tensor.is_cuda:
+        lent = device.Lent(tensor)
+        return lent.tensor(), weakref.ref(lent)
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     memory.owner = tensor  # type: ignore[attr-defined]
     return torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype), weakref.ref(memory)

@@ -7,18 +7,19 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from zerompi import device
 from zerompi.collectives.group import Group
 from zerompi.dtypes import accumulate_dtype
 from zerompi.errors import MismatchError
+from zerompi.memory import DeviceArray, Flat
 
 
 class Call(NamedTuple):
-    """A checked call: flat tensors, and what all ranks must have in common."""
+    """A checked call: flat buffers, and what all ranks must have in common."""
 
-    send: Tensor
-    recv: Tensor
+    send: Flat
+    recv: Flat
     signature: str
 
 
@@ -53,19 +54,30 @@ def agreed_signature(
     return group.agree(text, flags)
 
 
-def signature(operation: str, tensor: Tensor, **settings: object) -> str:
+def signature(operation: str, flat: Flat, **settings: object) -> str:
     """What must be equal on all ranks."""
     extra = "".join(f", {name}={value}" for name, value in settings.items())
-    return f"{operation} ({tensor.dtype}, {tensor.numel()} elements{extra})"
+    if _is_of_device(flat):
+        extra += ", on a device"
+    return f"{operation} ({flat.dtype}, {flat.numel()} elements{extra})"
 
 
-def require_equal_dtype(send: Tensor, recv: Tensor) -> None:
-    """Refuse buffers of different dtypes."""
+def _is_of_device(flat: Flat) -> bool:
+    return isinstance(flat, DeviceArray) or device.holds(flat)
+
+
+def require_alike(send: Flat, recv: Flat) -> None:
+    """Refuse buffers of different dtypes, or of which one lies on a device."""
+    if isinstance(send, DeviceArray) is not isinstance(recv, DeviceArray):
+        places = ["on the host", "on a device"]
+        if isinstance(send, DeviceArray):
+            places.reverse()
+        raise ValueError(f"recv: expected memory {places[0]}, as send has, got memory {places[1]}")
     if send.dtype is not recv.dtype:
         raise TypeError(f"recv: expected the dtype of send, {send.dtype}, got {recv.dtype}")
 
 
-def require_numel(name: str, tensor: Tensor, expected: int, reason: str) -> None:
+def require_numel(name: str, tensor: Flat, expected: int, reason: str) -> None:
     """Refuse a buffer of another size."""
     if tensor.numel() != expected:
         raise ValueError(f"{name}: expected {expected} elements ({reason}), got {tensor.numel()}")
@@ -93,12 +105,12 @@ def scale_of(op: str, group: Group) -> float:
     return 1.0 / group.size if op == "mean" else 1.0
 
 
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors are the same memory."""
+def same_memory(a: Flat, b: Flat) -> bool:
+    """Whether two contiguous buffers are the same memory."""
     return a.data_ptr() == b.data_ptr() and a.nbytes == b.nbytes
 
 
-def require_disjoint(send: Tensor, recv: Tensor, in_place: str) -> None:
+def require_disjoint(send: Flat, recv: Flat, in_place: str) -> None:
     """Refuse buffers that overlap; `in_place` tells which form is allowed. Empty ones never do."""
     if (
         send.nbytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal, NoReturn, cast
@@ -13,18 +13,20 @@ from mpi4py import MPI
 from torch import Tensor
 
 from zerompi.activity import Wait, listed
-from zerompi.arrays import host_bytes
 from zerompi.collectives import choice
 from zerompi.collectives.buffer import allocate
+from zerompi.collectives.node import Node
 from zerompi.collectives.shared import SharedNode, open_node
+from zerompi.collectives.transport import Transport, choose
 from zerompi.collectives.waiting import has_spare_cores, wait_all
 from zerompi.errors import MismatchError, ZerompiError
+from zerompi.memory import HOST, DeviceArray, Flat
 from zerompi.topology import Topology
 from zerompi.traffic import INTER_GROUP, INTER_NODE, INTRA_NODE, Traffic
 from zerompi.watchdog import Watch, waiting
 
 Algorithm = Literal["flat", "hierarchical"]
-Messages = Sequence[tuple[int, Tensor]]
+Messages = Sequence[tuple[int, Flat]]
 
 _MAX_MESSAGE_NBYTES = 1 << 30  # well below 2^31, where some MPI libraries' counts end
 _PEERS_IN_FLIGHT = 32
@@ -49,6 +51,8 @@ class Group:
         node_comm: the ranks of this rank's node.
         inter_node_comm: the ranks with this rank's position on all nodes.
         traffic: bytes that this rank has sent; shared with the groups made by `split`.
+        space: where `allocate` takes memory; handed on to the groups made by `split`.
+        polls: whether a rank that waits may keep its core.
 
     Raises:
         TypeError, ValueError: `comm` is no intra-communicator, `topology` has another number of ranks,
@@ -103,10 +107,12 @@ class Group:
             algorithm = "hierarchical" if deep else "flat"
         self.algorithm: Algorithm = algorithm
         self.traffic = traffic
+        self.space = HOST
+        self._transport: Transport | None = None
         self._levels = [self._level(peer) for peer in range(self.size)]
         self._headers = np.empty((self.size, 2), dtype=np.uint64)
         # All ranks of a node wait at once: a group made by split has the answer of the whole.
-        self._polls = has_spare_cores(self.node_comm) if polls is None else polls
+        self.polls = has_spare_cores(self.node_comm) if polls is None else polls
         self.node: SharedNode | None = None
         if layout.num_nodes < layout.size and (layout.is_single_node or algorithm != "flat"):
             self.node = open_node(comm, self.node_comm, self._progress, self._wait)
@@ -115,10 +121,16 @@ class Group:
             shared = self.node is not None
             self._flat_limits = choice.flat_limits(comm, layout, shared_memory=shared)
 
-    def is_flat(self, collective: str, block_nbytes: int) -> bool:
-        """Whether every rank sends to every other itself, if the largest block has so many bytes."""
+    def is_flat(self, collective: str, block_nbytes: int, *, has_node: bool) -> bool:
+        """Whether every rank sends to every other itself.
+
+        Args:
+            collective: a name of `choice.COLLECTIVES`.
+            block_nbytes: of the largest block.
+            has_node: whether the ranks of a node can read each other's blocks.
+        """
         if self.algorithm == "flat":
-            return self.node is None
+            return not has_node
         return block_nbytes <= self._flat_limits.get(collective, 0)
 
     def _level(self, peer: int) -> str:
@@ -150,7 +162,8 @@ class Group:
         group._watch = None  # the whole's goes on
         members = self._wait.members or ()
         group._wait = Wait("a split", tuple(members[rank] for rank in ranks), self._watch)
-        group._set(comm, self.topology.restrict(ranks), None, self.traffic, polls=self._polls)
+        group._set(comm, self.topology.restrict(ranks), None, self.traffic, polls=self.polls)
+        group.space = self.space
         return group
 
     # -- memory --------------------------------------------------------------------------------
@@ -160,7 +173,22 @@ class Group:
 
         Every rank of the group allocates in the same order.
         """
-        return allocate(numel, dtype)
+        return allocate(numel, dtype, self.space)
+
+    @property
+    def window_node(self) -> SharedNode | None:
+        """The memory that the ranks of the node share, if this group's buffers lie in memory of that kind."""
+        return None if self.space.is_device else self.node
+
+    def node_of(self, buffer: Flat) -> Node | None:
+        """What passes blocks of such a buffer on inside the node; None: messages do. Collective."""
+        return self.transport().node if isinstance(buffer, DeviceArray) else self.node
+
+    def transport(self) -> Transport:
+        """How buffers on devices are sent. Collective when it is called first."""
+        if self._transport is None:
+            self._transport = choose(self)
+        return self._transport
 
     # -- agreement -----------------------------------------------------------------------------
 
@@ -205,7 +233,7 @@ class Group:
         else:
             own = np.array([digest, flags], dtype=np.uint64)
             with self._wait:
-                wait_all([self.comm.Iallgather(own, self._headers)], polls=self._polls)
+                wait_all([self.comm.Iallgather(own, self._headers)], polls=self.polls)
         return cast("list[tuple[int, int]]", self._headers.tolist())
 
     def _exchange_between_nodes(self, node: SharedNode, digest: int, flags: int) -> None:
@@ -220,7 +248,7 @@ class Group:
             everyone = np.empty((self.size, 2), dtype=np.uint64)
             with self._wait:
                 request = self.inter_node_comm.Iallgatherv(own, [everyone, counts])
-                wait_all([request], polls=self._polls)
+                wait_all([request], polls=self.polls)
             board[[rank for ranks in ranks_of_node for rank in ranks]] = everyone
         node.fence.cross()
         self._headers[:] = board
@@ -231,16 +259,23 @@ class Group:
         """Send and receive; the one place where array data moves. Collective by contract.
 
         Args:
-            sends: (rank, contiguous 1-D tensor) in the order in which the receiver lists them.
-            recvs: (rank, contiguous 1-D tensor), each overwritten; of the sender's size.
+            sends: (rank, flat memory of one kind) in the order in which the receiver lists them.
+            recvs: (rank, flat memory of the same kind), each overwritten; of the sender's size.
             label: under which the bytes are counted.
         """
         self._check_open()
         if not sends and not recvs:
             return
+        if isinstance((sends or recvs)[0][1], DeviceArray):
+            self.transport().mail.exchange(sends, recvs, label)
+        else:
+            self.exchange_messages(sends, recvs, label)
+
+    def exchange_messages(self, sends: Messages, recvs: Messages, label: str) -> None:
+        """The same for memory that the MPI library can read and write."""
         in_ring = [
-            self._waves(recvs, lambda peer: (self.rank - peer) % self.size),
-            self._waves(sends, lambda peer: (peer - self.rank) % self.size),
+            self._waves(recvs, is_send=False),
+            self._waves(sends, is_send=True),
         ]
         for wave in sorted({*in_ring[0], *in_ring[1]}):
             requests = [
@@ -251,25 +286,34 @@ class Group:
             for peer, tensor in in_ring[1].get(wave, ()):
                 for part in _parts(tensor):
                     requests.append(self.comm.Isend([part, MPI.BYTE], peer))
-                    self.traffic.add(label, self._levels[peer], part.nbytes)
+                    self.count_sent(label, peer, part.nbytes)
             with self._wait:
-                wait_all(requests, polls=self._polls)
+                wait_all(requests, polls=self.polls)
 
-    def _waves(
-        self, messages: Messages, distance: Callable[[int], int]
-    ) -> dict[int, list[tuple[int, Tensor]]]:
+    def _waves(self, messages: Messages, *, is_send: bool) -> dict[int, list[tuple[int, Flat]]]:
         """Messages by wave: those at ring distance 1 to 32 first, nearest first, then the next 32."""
-        waves: dict[int, list[tuple[int, Tensor]]] = {}
-        for peer, tensor in sorted(messages, key=lambda message: distance(message[0])):
-            if tensor.numel():
-                wave = (distance(peer) - 1) // _PEERS_IN_FLIGHT
-                waves.setdefault(wave, []).append((peer, tensor))
+        waves: dict[int, list[tuple[int, Flat]]] = {}
+        for peer, flat in self.ring_order(messages, is_send=is_send):
+            if flat.numel():
+                wave = (self._distance(peer, is_send) - 1) // _PEERS_IN_FLIGHT
+                waves.setdefault(wave, []).append((peer, flat))
         return waves
+
+    def ring_order(self, messages: Messages, *, is_send: bool) -> Messages:
+        """Messages by ring distance of the peer, nearest first; the order in which both sides have them."""
+        return sorted(messages, key=lambda message: self._distance(message[0], is_send))
+
+    def _distance(self, peer: int, is_send: bool) -> int:
+        return (peer - self.rank if is_send else self.rank - peer) % self.size
 
     def fence(self) -> None:
         """Wait for the other ranks of this node, if they share memory. Collective over the node."""
         if self.node is not None:
             self.node.fence.cross()
+
+    def count_sent(self, label: str, peer: int, nbytes: int) -> None:
+        """Count bytes that this rank sends to another one."""
+        self.traffic.add(label, self._levels[peer], nbytes)
 
     def count_shared(self, label: str, nbytes: int) -> None:
         """Count bytes that this rank has read from the memory of others on its node."""
@@ -294,6 +338,8 @@ class Group:
     def close(self) -> None:
         """Free the communicators. Collective; a second call does nothing."""
         if not self.is_closed and not MPI.Is_finalized():
+            if self._transport is not None and self._transport.node is not None:
+                self._transport.node.close()
             if self.node is not None:
                 self.node.close()
             if self._watch is not None:
@@ -336,8 +382,8 @@ def _agree_on_arguments(
         raise MismatchError(_disagreement(settings))
 
 
-def _parts(tensor: Tensor) -> list[MPI.buffer]:
-    data = host_bytes(tensor)
+def _parts(flat: Flat) -> list[MPI.buffer]:
+    data = MPI.buffer.fromaddress(flat.data_ptr(), flat.nbytes)
     if data.nbytes <= _MAX_MESSAGE_NBYTES:
         return [data]
     starts = range(0, data.nbytes, _MAX_MESSAGE_NBYTES)

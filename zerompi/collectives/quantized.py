@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -298,7 +298,8 @@ def _sums_in_node(
     for start in range(0, longest, size or 1):
         parts = [[part[start : start + size] for part in row] for row in rows]
         if not is_readable:
-            parts = staged_rows(parts[0], group)
+            assert group.node is not None
+            parts = cast("list[list[Tensor]]", staged_rows(group.node, parts[0], group))
         for owner in mine:
             summands = [row[owner] for row in parts]
             sum_in_order(summands, sums[owner][start : start + size], scale)

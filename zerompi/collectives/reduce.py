@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from zerompi.collectives.group import Group
+from zerompi.collectives.lane import on_any_memory
 from zerompi.collectives.reduce_scatter import reduce_blocks
 from zerompi.layout import FlatLayout
+from zerompi.memory import Flat
 
 
-def reduce_to_root(full: Tensor, group: Group, root: int, *, label: str = "reduce") -> None:
+@on_any_memory
+def reduce_to_root(full: Flat, group: Group, root: int, *, label: str = "reduce") -> None:
     """`full` becomes the sum over ranks on the root, in place. Collective, unchecked.
 
     A reduce-scatter into the own blocks, which then go to the root; see `reduce_blocks`.

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from zerompi.arrays import flat_tensor
+from zerompi.arrays import empty_like, flat_tensor
 from zerompi.collectives import contract, staging
 from zerompi.collectives.all_gather import Ranges
 from zerompi.collectives.group import Group
+from zerompi.collectives.lane import on_any_memory
+from zerompi.collectives.node import Node
 from zerompi.collectives.summation import sum_in_order
+from zerompi.memory import Flat
 
 _CHUNK_NBYTES = 1 << 20
 _STAGING_NBYTES = 64 << 20
@@ -41,7 +41,7 @@ def reduce_scatter(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
 
     def check() -> contract.Call:
         full, out = flat_tensor("send", send), flat_tensor("recv", recv, writable=True)
-        contract.require_equal_dtype(full, out)
+        contract.require_alike(full, out)
         contract.require_op(op, full.dtype)
         n = out.numel()
         contract.require_numel("send", full, n * group.size, f"{n} for each of {group.size} ranks")
@@ -56,15 +56,16 @@ def reduce_scatter(send: Any, recv: Any, group: Group, op: str = "sum") -> None:
     reduce_blocks(full, out, ranges, group, scale=contract.scale_of(op, group))
 
 
+@on_any_memory
 def reduce_blocks(
-    full: Tensor,
-    out: Tensor,
+    full: Flat,
+    out: Flat,
     ranges: Ranges,
     group: Group,
     *,
     scale: float = 1.0,
     label: str = "reduce_scatter",
-    peers: Sequence[Tensor] | None = None,
+    peers: Sequence[Flat] | None = None,
 ) -> None:
     """`out` = `scale` times the sum over ranks of this rank's block. Collective, unchecked.
 
@@ -82,11 +83,13 @@ def reduce_blocks(
         peers: the `full` of each rank of this node, in shared memory; on all ranks or on none. They
             may be written again when all ranks have finished with the group's last fence.
     """
-    node, topology = group.node, group.topology
+    node, topology = group.node_of(full), group.topology
     blocks = [slice(*ranges[topology.shard_index(owner)]) for owner in range(group.size)]
     longest = max(block.stop - block.start for block in blocks)
     chunk = min(_CHUNK_NBYTES, _STAGING_NBYTES // group.size) // full.element_size()
-    is_flat = peers is None and group.is_flat("reduce_scatter", longest * full.element_size())
+    is_flat = peers is None and group.is_flat(
+        "reduce_scatter", longest * full.element_size(), has_node=node is not None
+    )
     if node is None or is_flat:
         step = _flat_chunk if is_flat else _hierarchical_chunk
         own_blocks = [full[block] for block in blocks]
@@ -108,13 +111,13 @@ def reduce_blocks(
     chunk = staging.chunk_numel(group.size, full.dtype)
     for start in range(0, longest, chunk):
         parts = [block[start : start + chunk] for block in own_blocks]
-        _reduce_rows(staged_rows(parts, group), out[start : start + chunk], group, scale, label)
+        rows = staged_rows(node, parts, group)
+        _reduce_rows(rows, out[start : start + chunk], group, scale, label)
 
 
-def staged_rows(parts: Sequence[Tensor], group: Group) -> list[list[Tensor]]:
+def staged_rows(node: Node, parts: Sequence[Flat], group: Group) -> list[list[Flat]]:
     """The parts of every rank of this node; those that nobody else sums are not copied."""
-    node, topology = group.node, group.topology
-    assert node is not None
+    topology = group.topology
     own_node = topology.node_of[group.rank]
     shown = {
         owner: part
@@ -130,7 +133,7 @@ def staged_rows(parts: Sequence[Tensor], group: Group) -> list[list[Tensor]]:
 
 
 def _reduce_rows(
-    rows: Sequence[Sequence[Tensor]], out: Tensor, group: Group, scale: float, label: str
+    rows: Sequence[Sequence[Flat]], out: Flat, group: Group, scale: float, label: str
 ) -> None:
     """Sum over this node's ranks in place, then over nodes by messages.
 
@@ -144,22 +147,22 @@ def _reduce_rows(
     topology, rank = group.topology, group.rank
     node = topology.node_of[rank]
     is_single = topology.is_single_node
-    partial: dict[int, Tensor] = {}
+    partial: dict[int, Flat] = {}
     for owner in range(group.size):
         if topology.delegate(node, owner) == rank:
             own = rows[topology.local_rank_of[rank]][owner]
-            partial[owner] = out if is_single else torch.empty_like(own)
+            partial[owner] = out if is_single else empty_like(own)
             sum_in_order([row[owner] for row in rows], partial[owner], scale)
             group.count_shared(label, (len(rows) - 1) * own.nbytes)
     if not is_single:
         _sum_over_nodes(partial, out, group, label)
 
 
-def _flat_chunk(parts: list[Tensor], out: Tensor, group: Group, scale: float, label: str) -> None:
+def _flat_chunk(parts: list[Flat], out: Flat, group: Group, scale: float, label: str) -> None:
     """Every rank sends part p to rank p, which sums in rank order."""
     rank = group.rank
     others = [peer for peer in range(group.size) if peer != rank]
-    staged = {peer: torch.empty_like(out) for peer in others}
+    staged = {peer: empty_like(out) for peer in others}
     group.exchange(
         [(peer, parts[peer]) for peer in others],
         [(peer, staged[peer]) for peer in others],
@@ -170,7 +173,7 @@ def _flat_chunk(parts: list[Tensor], out: Tensor, group: Group, scale: float, la
 
 
 def _hierarchical_chunk(
-    parts: list[Tensor], out: Tensor, group: Group, scale: float, label: str
+    parts: list[Flat], out: Flat, group: Group, scale: float, label: str
 ) -> None:
     """Delegates sum inside each node; one partial sum per node goes to the owner, who sums them."""
     topology, rank = group.topology, group.rank
@@ -179,7 +182,7 @@ def _hierarchical_chunk(
     delegate = [topology.delegate(node, owner) for owner in range(group.size)]
     mine = [owner for owner in range(group.size) if delegate[owner] == rank]
     peers = [peer for peer in locals_ if peer != rank]
-    staged = {(owner, peer): torch.empty_like(parts[owner]) for peer in peers for owner in mine}
+    staged = {(owner, peer): empty_like(parts[owner]) for peer in peers for owner in mine}
     group.exchange(
         [(delegate[o], parts[o]) for o in range(group.size) if delegate[o] != rank],
         [(peer, staged[owner, peer]) for peer in peers for owner in mine],
@@ -188,13 +191,13 @@ def _hierarchical_chunk(
     partial = {}
     for owner in mine:
         summands = [parts[owner] if p == rank else staged[owner, p] for p in locals_]
-        partial[owner] = torch.empty_like(parts[owner])
+        partial[owner] = empty_like(parts[owner])
         sum_in_order(summands, partial[owner], scale)
     staged.clear()
     _sum_over_nodes(partial, out, group, label)
 
 
-def _sum_over_nodes(partial: dict[int, Tensor], out: Tensor, group: Group, label: str) -> None:
+def _sum_over_nodes(partial: dict[int, Flat], out: Flat, group: Group, label: str) -> None:
     """Sum what the nodes have summed: over the nodes of each group, then over the groups, in order.
 
     Args:
@@ -208,7 +211,7 @@ def _sum_over_nodes(partial: dict[int, Tensor], out: Tensor, group: Group, label
     collectors = {owner: topology.group_delegate(own_group, owner) for owner in partial}
     nodes = topology.nodes_of_group[own_group]
     received = {
-        (owner, node): torch.empty_like(part)
+        (owner, node): empty_like(part)
         for owner, part in partial.items()
         if collectors[owner] == rank
         for node in nodes
@@ -219,23 +222,23 @@ def _sum_over_nodes(partial: dict[int, Tensor], out: Tensor, group: Group, label
         [(topology.delegate(node, owner), part) for (owner, node), part in received.items()],
         label,
     )
-    sums: dict[int, Tensor] = {}
+    sums: dict[int, Flat] = {}
     for owner, part in partial.items():
         if collectors[owner] == rank:
             received[owner, own_node] = part
             is_total = topology.num_groups == 1
-            sums[owner] = out if is_total else torch.empty_like(part)
+            sums[owner] = out if is_total else empty_like(part)
             sum_in_order([received[owner, node] for node in nodes], sums[owner], 1.0)
     if topology.num_groups > 1:
         _sum_over_groups(sums, out, group, label)
 
 
-def _sum_over_groups(sums: dict[int, Tensor], out: Tensor, group: Group, label: str) -> None:
+def _sum_over_groups(sums: dict[int, Flat], out: Flat, group: Group, label: str) -> None:
     """Send this group of nodes' sums to their owners, and sum what other groups send, in group order."""
     topology, rank = group.topology, group.rank
     own = topology.group_of(rank)
     others = [number for number in range(topology.num_groups) if number != own]
-    parts = {number: torch.empty_like(out) for number in others}
+    parts = {number: empty_like(out) for number in others}
     group.exchange(
         [(owner, part) for owner, part in sums.items() if owner != rank],
         [(topology.group_delegate(number, rank), part) for number, part in parts.items()],

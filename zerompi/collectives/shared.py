@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zerompi.collectives.fence import RANK_NBYTES, Fence
+from zerompi.memory import Flat
 
 PAGE_NBYTES = 4096
 _HEADER_NBYTES = 16
@@ -112,11 +113,16 @@ class SharedNode:
         stop = start + num_ranks * _HEADER_NBYTES
         return self._window.bytes[start:stop].numpy().view(np.uint64).reshape(num_ranks, 2)
 
-    def staging(self, half: int) -> list[Tensor]:
-        """One of two halves of each rank's staging memory, STAGING_NBYTES of uint8. Collective."""
+    def rows(self, half: int, slots: int, nbytes: int) -> list[list[Flat]]:
+        """Of each rank, `slots` pieces of `nbytes` in one of two halves of its staging memory. Collective."""
         if self._staging is None:
             self._staging = Window(self.comm, [2 * STAGING_NBYTES] * self.comm.size)
-        return self._staging.parts(half * STAGING_NBYTES, STAGING_NBYTES, torch.uint8)
+        parts = self._staging.parts(half * STAGING_NBYTES, slots * nbytes, torch.uint8)
+        return [list(part.view(slots, nbytes)) for part in parts]
+
+    def cross(self) -> None:
+        """Wait for the others; what this rank has put into its staging memory is there for them."""
+        self.fence.cross()
 
     def close(self) -> None:
         """Free the memory. Collective."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from zerompi.arrays import copy_values
-from zerompi.collectives.shared import STAGING_NBYTES, SharedNode
+from zerompi.collectives.node import Node
+from zerompi.collectives.shared import STAGING_NBYTES
+from zerompi.memory import Flat
 
 _ALIGNMENT = 64
 
@@ -18,7 +19,7 @@ def chunk_numel(num_blocks: int, dtype: torch.dtype) -> int:
     return max(1, (STAGING_NBYTES // num_blocks - _ALIGNMENT) // dtype.itemsize)
 
 
-def exchange(node: SharedNode, blocks: Mapping[int, Tensor], slots: int) -> list[list[Tensor]]:
+def exchange(node: Node, blocks: Mapping[int, Flat], slots: int) -> list[list[Flat]]:
     """Let the ranks of the node read some of each other's blocks. Collective over the node.
 
     The two halves of the memory are used by turns. A half is written again only after another
@@ -33,10 +34,8 @@ def exchange(node: SharedNode, blocks: Mapping[int, Tensor], slots: int) -> list
         Of each rank, the memory of each slot, uint8; valid until the next but one call.
     """
     node.half = 1 - node.half
-    halves = node.staging(node.half)
-    nbytes = STAGING_NBYTES // slots // _ALIGNMENT * _ALIGNMENT
-    rows = [list(half[: slots * nbytes].view(slots, nbytes)) for half in halves]
+    rows = node.rows(node.half, slots, STAGING_NBYTES // slots // _ALIGNMENT * _ALIGNMENT)
     for slot, block in blocks.items():
         copy_values(rows[node.comm.rank][slot][: block.nbytes], block)
-    node.fence.cross()
+    node.cross()
     return rows

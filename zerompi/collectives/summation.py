@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zerompi import device
 from zerompi.arrays import host_bytes
 from zerompi.dtypes import SAME_SUM, accumulate_dtype
+from zerompi.memory import DeviceArray, Flat
 
 # What one thread sums at a time: a block of the accumulator stays in a core's own cache while the
 # summands stream through. Larger ones do not fit; smaller ones cost more calls than sums.
@@ -21,7 +23,7 @@ _NARROW_BLOCK_NBYTES = 256 << 10  # beside a converted summand of the same size
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-def sum_in_order(summands: Sequence[Tensor], out: Tensor, scale: float) -> None:
+def sum_in_order(summands: Sequence[Flat], out: Flat, scale: float) -> None:
     """`out` = `scale` times the sum of `summands`, accumulated from the first to the last.
 
     `out` may be one of the summands. All are 1-D and of one dtype; see `accumulate_dtype`. Integers
@@ -29,6 +31,22 @@ def sum_in_order(summands: Sequence[Tensor], out: Tensor, scale: float) -> None:
     """
     if not out.numel():
         return
+    if isinstance(out, DeviceArray):
+        _sum_on_device(summands, out, scale)
+    else:
+        _sum_on_host(summands, out, scale)
+
+
+def _sum_on_device(summands: Sequence[Flat], out: DeviceArray, scale: float) -> None:
+    """The same on a device: by a kernel, or on the host for dtypes that have none."""
+    arrays = [summand for summand in summands if isinstance(summand, DeviceArray)]
+    if not device.sum_in_order(arrays, out, scale):
+        copies = [device.to_host(array) for array in arrays]
+        _sum_on_host(copies, copies[0], scale)
+        device.from_host(out, copies[0])
+
+
+def _sum_on_host(summands: Sequence[Any], out: Tensor, scale: float) -> None:
     if out.dtype in SAME_SUM:
         out = out.view(SAME_SUM[out.dtype])
         summands = [summand.view(out.dtype) for summand in summands]

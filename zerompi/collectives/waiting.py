@@ -37,3 +37,17 @@ def wait_all(requests: Sequence[MPI.Request], *, polls: bool) -> None:
     while not MPI.Request.Testall(requests):
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_SLEEP)
+
+
+def wait_some(requests: Sequence[MPI.Request], *, polls: bool, at_once: bool) -> list[int]:
+    """Indices of the requests that are done: at least one, waited for as in `wait_all`, unless `at_once`."""
+    pause = _FIRST_SLEEP
+    while True:
+        if polls and not at_once:
+            done = MPI.Request.Waitsome(list(requests))
+        else:
+            done = MPI.Request.Testsome(list(requests))
+        if done or at_once:
+            return sorted(done or ())
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_SLEEP)
