@@ -203,11 +203,8 @@ def test_a_pass_of_weight_0_counts_for_nothing(comm, stage):
         optimizer.zero_grad()
         with pytest.raises(zerompi.ZerompiError, match="weight of 0 on all"), zero.weighted(0):
             case.loss(model(x), y).backward()
-        with (
-            pytest.raises(ValueError, match="samples: expected 0 or a positive number, got -1"),
-            zero.weighted(-1),
-        ):
-            pass
+        with pytest.raises(ValueError, match="samples: expected 0 or a positive number, got -1"):
+            zero.weighted(-1).__enter__()
 
 
 @pytest.mark.parametrize("counts", COUNTS)
@@ -270,9 +267,9 @@ def test_ranks_evaluate_in_orders_of_their_own(comm, topology, way):
         models.append(Routed())
     reference, model = models
     order, x = ORDERS[comm.rank], torch.ones(1, 4, 20)
-    even = comm.size % topology.num_nodes == 0
-    if way == "a copy on each node" and not even:
-        pytest.skip("nodes of one size")
+    sizes = {len(ranks) for ranks in topology.ranks_of_node}
+    if way == "a copy on each node" and sizes not in ({2}, {comm.size}):
+        pytest.skip("needs nodes of one size, of several ranks")
     shard_ranks = "world" if way == "gathered" else "node"
     with (
         zerompi.partition(model, comm=comm, topology=topology, shard_ranks=shard_ranks) as zero,
@@ -354,7 +351,7 @@ def test_what_cannot_be_followed_is_refused(comm, stage):
     with zerompi.partition(model, optimizer, stage=stage, comm=comm) as zero:
         refused = {
             "gathered.writable=True.": lambda: zero.gathered(writable=True).__enter__(),
-            "load: expected to be outside of join": lambda: zero.load("nowhere"),
+            "load.*: expected to be outside of join": lambda: zero.load("nowhere"),
             "close of the partition: expected": zero.close,
             "join: expected to be outside": lambda: zero.join().__enter__(),
             "no enclosing join|inside the join.. of another": lambda: other.join().__enter__(),

@@ -99,6 +99,11 @@ class TrainConfig:
     )
     warmup: int = _option(40, _TRAINING, "Steps of linear warm-up before the cosine decay.")
     weight_decay: float = _option(0.1, _TRAINING, "AdamW's decay of matrices; vectors have none.")
+    nonfinite: str = _option(
+        "raise",
+        _TRAINING,
+        "At a gradient that is NaN or infinite: raise, skip the step, or ignore.",
+    )
     clip: float = _option(1.0, _TRAINING, "Largest norm of the gradient; 0 does not clip.")
     max_time: float | None = _option(
         None,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import zerompi
 from zerompi import launch
+from zerompi.precision import NonFinite
 from zerompi.train import huggingface
 from zerompi.train.agreement import agree
 from zerompi.train.config import InputError, TrainConfig
@@ -159,6 +161,7 @@ def _partition(
         shard_ranks=int(shard_ranks) if shard_ranks.isdigit() else shard_ranks,
         node_cache=config.node_cache,
         quantize=_quantize(config),
+        nonfinite=cast("NonFinite", config.nonfinite),
     )
 
 
