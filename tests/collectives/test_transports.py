@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, DeviceMemory, synchronise
 from zerompi import cuda_aware, device
 from zerompi.collectives import Group, all_gather, all_reduce, all_to_all, broadcast
 from zerompi.collectives import transport as transports
+from zerompi.collectives.node import DeviceNode
 from zerompi.collectives.transport import CudaAware, Staged
 from zerompi.cuda_aware import Answer
 
@@ -146,6 +148,60 @@ def test_ipc_sends_no_message_inside_a_node(comm, monkeypatch):
     all_reduce(own, own, group)
     assert torch.equal(get(own), documented_sum(values, group))
     group.close()
+
+
+@pytest.fixture
+def device_node(comm):
+    """Staging memory of all ranks, as long as each wants; `close` is the test's."""
+    group = Group(comm)
+    if group.node is None:
+        group.close()
+        pytest.skip("needs ranks that share a node")
+    put(torch.ones(1))
+    yield DeviceNode(group.node.comm, group.node.fence, 64)
+    group.close()
+
+
+def test_mapped_memory_is_read_before_it_is_unmapped(device_node, monkeypatch):
+    import cupy
+
+    target = device.from_array("target", cupy.empty(64, "u1"))
+    with device.ordered([target]):
+        device.copy(target, device_node.rows(0, 1, 64)[device_node.comm.rank - 1][0])
+    was_done, close = [], device.Mapped.close
+
+    def noted(mapped):
+        was_done.append(device._lane().stream.done)
+        close(mapped)
+
+    monkeypatch.setattr(device.Mapped, "close", noted)
+    device_node.close()
+    assert was_done == [True] * (device_node.comm.size - 1)
+
+
+def test_memory_stays_until_nobody_maps_it_any_more(device_node, monkeypatch):
+    comm, close = device_node.comm, device.Mapped.close
+
+    def late(mapped):
+        time.sleep(0.2 * (comm.rank == 0))
+        close(mapped)
+
+    monkeypatch.setattr(device.Mapped, "close", late)
+    monkeypatch.setattr(device_node, "_unmap", unmap := Timed(device_node._unmap))
+    device_node.close()
+    closed = time.monotonic()
+    assert closed >= max(comm.allgather(unmap.ended))
+
+
+class Timed:
+    """A function that knows when it ended."""
+
+    def __init__(self, function):
+        self._function, self.ended = function, 0.0
+
+    def __call__(self):
+        self._function()
+        self.ended = time.monotonic()
 
 
 # -- streams -----------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ class DeviceNode:
 
     def close(self) -> None:
         """Unmap the memory, when nobody reads it any more. Collective."""
-        self.cross()
+        device.ready()
         self._unmap()
         self.fence.cross()  # before any rank frees its own
 

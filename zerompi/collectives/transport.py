@@ -158,9 +158,13 @@ def choose(group: Group) -> Transport:
     answers = group.comm.allgather((forced, aware, source))
     wishes = {wish for wish, _, _ in answers}
     if len(wishes) > 1:
-        raise MismatchError(f"{_SWITCH}: expected the same value on all ranks, got {wishes}")
+        raise MismatchError(
+            f"ZEROMPI_DEVICE_TRANSPORT: expected the same value on all ranks, got {wishes}"
+        )
     if forced not in (None, *_NAMES):
-        raise ZerompiError(f"{_SWITCH}: expected one of {', '.join(_NAMES)}, got {forced!r}")
+        raise ZerompiError(
+            f"ZEROMPI_DEVICE_TRANSPORT: expected one of {', '.join(_NAMES)}, got {forced!r}"
+        )
     reason = f"{_SWITCH} says so"
     all_aware = all(aware for _, aware, _ in answers)
     if forced == "cuda-aware" or (forced is None and all_aware):
@@ -191,7 +195,9 @@ def _through_host(group: Group, forced: str | None, reason: str, *, aware: bool)
     if node is not None:
         node.close()
     if forced is not None:
-        raise ZerompiError(f"{_SWITCH}: expected one that works, got {forced!r}: {problems[0]}")
+        raise ZerompiError(
+            f"ZEROMPI_DEVICE_TRANSPORT: expected one that works, got {forced!r}: {problems[0]}"
+        )
     return Transport("staged", f"{reason}; CUDA IPC does not work: {problems[0]}", mail, None)
 
 
