@@ -126,7 +126,7 @@ __device__ __forceinline__ void quantize(Source source, byte* packed, int64 n, i
                 codes[i] = low;
                 if (both) codes[i + 1] = high;
             } else {
-                codes[i / 2] = (low & 15) | (both ? high << 4 : 0);
+                codes[i / 2] = (low & 15) | high << 4;
             }
         }
     }
