@@ -210,6 +210,7 @@ def test_a_mutated_checkpoint_is_refused_or_loads_as_it_was_saved(tmp_path) -> N
         wrong.zero.save(tmp_path / f"other-{name}", extra={"step": 1}, max_shard_size=limit)
     wrong.zero.save(tmp_path / "start")
     saved, start = right.state(), wrong.state()
+    settings = dict(wrong.optimizer.param_groups[0])
     outcomes: Counter[str] = Counter()
     for number in range(COUNT):
         name = chance.choice(("plain", "sharded"))
@@ -226,7 +227,10 @@ def test_a_mutated_checkpoint_is_refused_or_loads_as_it_was_saved(tmp_path) -> N
             sealed = mutation == "edit_and_seal"
             assert extra == {"step": 1} or sealed, case
             assert same(wrong.state(), saved, tensors_only=sealed), case
+            wrong.optimizer.param_groups[0].clear()  # a setting under a new name would stay
+            wrong.optimizer.param_groups[0].update(settings)
             wrong.zero.load(tmp_path / "start")
+            assert same(wrong.state(), start), case
             outcomes["loaded"] += 1
         shutil.rmtree(mutated)
     print(dict(outcomes))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zerompi.bench.checkpoints import Stored
 from zerompi.bench.collectives import Result
 from zerompi.bench.training import Trained
 
@@ -40,6 +41,23 @@ def plot_training(results: Sequence[Trained], title: str, path: Path) -> None:
     memory = figure.add_subplot(1, 2, 2)
     memory.barh(names, [result.peak / 1e6 for result in results][::-1], color="tab:orange")
     memory.set_xlabel("memory of all ranks at the peak of a step, MB")
+    _save(figure, title, path)
+
+
+def plot_checkpoints(results: Sequence[Stored], title: str, path: Path) -> None:
+    """Seconds of a save, of the pause in it, and of a load, for each system."""
+    figure = _figure(12, 1.5 + 0.4 * len(results))
+    names = [result.system for result in results][::-1]
+    panels = {
+        "seconds until it is on the disk": [result.seconds for result in results],
+        "seconds that training pauses": [result.pause for result in results],
+        "seconds of a load": [result.load or 0 for result in results],
+    }
+    for number, (label, values) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, 3, number)
+        axes.barh(names, values[::-1])
+        axes.set_xlabel(label)
+        axes.tick_params(labelleft=number == 1)
     _save(figure, title, path)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from zerompi.bench.checkpoints import Stored
 from zerompi.bench.collectives import COPY, Result
 from zerompi.bench.training import Trained
 
@@ -63,7 +64,30 @@ def table_of_training(results: Sequence[Trained], before: Mapping[str, float], t
     return table
 
 
-def _before(result: Result | Trained, before: Mapping[str, float]) -> list[str]:
+def table_of_checkpoints(
+    results: Sequence[Stored], before: Mapping[str, float], title: str
+) -> Table:
+    """One row for each system; see `table_of_collectives`."""
+    columns = ["system", "files", "save", "GB/s", "pause", "load", "GB/s", "save +", "load +"]
+    table = Table(*columns, *(["before"] if before else []), title=title)
+    for result in results:
+        loads = result.load is not None and result.load_memory is not None
+        row = [
+            result.system,
+            f"{result.nbytes / 1e6:,.0f} MB",
+            _time(result.seconds),
+            f"{result.nbytes / result.seconds / 1e9:.2f}",
+            _time(result.pause),
+            _time(result.load or 0) if loads else "",
+            f"{result.nbytes / (result.load or 1) / 1e9:.2f}" if loads else "",
+            f"{result.save_memory / 1e6:,.0f} MB",
+            f"{(result.load_memory or 0) / 1e6:,.0f} MB" if loads else "",
+        ]
+        table.add_row(*row, *_before(result, before))
+    return table
+
+
+def _before(result: Result | Trained | Stored, before: Mapping[str, float]) -> list[str]:
     if not before:
         return []
     seconds = before.get(result.key)

@@ -300,7 +300,7 @@ class _Turn:
 
 def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
     x, y = workload.make_batch(comm.rank)
-    before = _resident_nbytes(comm)
+    before = resident_nbytes(comm)
     with make(workload, comm) as running:
         for _ in range(_WARM_UP):
             running.step(x, y)
@@ -309,8 +309,8 @@ def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
         for _ in range(workload.steps):
             loss = running.step(x, y)
         seconds = comm.allreduce(time.perf_counter() - start, MPI.MAX) / workload.steps
-        peak = _peak_while(comm, partial(running.step, x, y)) - before
-        held = _resident_nbytes(comm) - before
+        peak = peak_while(comm, partial(running.step, x, y)) - before
+        held = resident_nbytes(comm) - before
         reported = None if running.report is None else comm.allreduce(running.report())
         mean = comm.allreduce(float(loss)) / comm.size
     del running, make
@@ -318,7 +318,7 @@ def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
     return _Turn(seconds, peak, held, reported, mean)
 
 
-def _resident_nbytes(comm: MPI.Intracomm) -> int:
+def resident_nbytes(comm: MPI.Intracomm) -> int:
     """The proportional set sizes of all ranks together: shared pages count once. Collective."""
     gc.collect()
     give_back_heap()
@@ -331,7 +331,7 @@ def _own_nbytes() -> int:
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
 
 
-def _peak_while(comm: MPI.Intracomm, step: Callable[[], object]) -> int:
+def peak_while(comm: MPI.Intracomm, step: Callable[[], object]) -> int:
     """The sum over ranks of the largest size that each has had during a step. Collective."""
     sizes = [_own_nbytes()]
     ended = threading.Event()

@@ -7,7 +7,7 @@ import shutil
 import socket
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,7 @@ class WriteOptions:
 
 
 DEFAULT_OPTIONS = WriteOptions()
+_FILES_AT_ONCE = 64
 
 
 class _File(NamedTuple):
@@ -102,12 +103,16 @@ class Draft:
             OSError, CheckpointError: naming the file.
         """
         rows: list[tuple[int, int, int, int]] = []
-        for number, file in enumerate(self._files):
-            if file.slices or self._replacement is not None:
-                path = self._temporary / file.shard.name
-                header = file.shard.header.raw if self._replacement is not None else b""
-                rows += [(number, *row) for row in _write_slices(path, file, header)]
-                file.slices.clear()
+        concerned = [i for i, f in enumerate(self._files) if f.slices or self._replacement]
+        for start in range(0, len(concerned), _FILES_AT_ONCE):
+            # The disk works on all of them while this waits for the first.
+            with ExitStack() as opened:
+                for number in concerned[start : start + _FILES_AT_ONCE]:
+                    file = self._files[number]
+                    stream = opened.enter_context(_opened(self._temporary / file.shard.name))
+                    header = file.shard.header.raw if self._replacement is not None else b""
+                    rows += [(number, *row) for row in _write_slices(stream, file, header)]
+                    file.slices.clear()
         return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
     def publish(self, state: Mapping[str, Any], rows: Sequence[np.ndarray]) -> None:
@@ -232,23 +237,29 @@ def _create(directory: Path, shard: ShardFile) -> None:
         stream.truncate(shard.header.nbytes + shard.header.data_nbytes)
 
 
-def _write_slices(path: Path, file: _File, header: bytes) -> list[tuple[int, int, int]]:
-    """Write `header` and this rank's slices of one file; return begin, end and CRC-32 of each piece."""
-    stored_as, rows = file.shard.header.tensors, []
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor to write with; what was written is on the disk at the end."""
     with _named_errors(path):
         descriptor = _open_shared(path)
         try:
-            _write_all(descriptor, memoryview(header), 0)
-            for own in sorted(file.slices, key=lambda own: stored_as[own.name].begin):
-                stored = stored_as[own.name]
-                begin = stored.begin + own.start * stored.spec.dtype.itemsize
-                for raw in _pieces_of(own.values):
-                    _write_all(descriptor, raw, file.shard.header.nbytes + begin)
-                    rows.append((begin, begin + len(raw), zlib.crc32(raw)))
-                    begin += len(raw)
+            yield descriptor
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _write_slices(descriptor: int, file: _File, header: bytes) -> list[tuple[int, int, int]]:
+    """Write `header` and this rank's slices of one file; return begin, end and CRC-32 of each piece."""
+    stored_as, rows = file.shard.header.tensors, []
+    _write_all(descriptor, memoryview(header), 0)
+    for own in sorted(file.slices, key=lambda own: stored_as[own.name].begin):
+        stored = stored_as[own.name]
+        begin = stored.begin + own.start * stored.spec.dtype.itemsize
+        for raw in _pieces_of(own.values):
+            _write_all(descriptor, raw, file.shard.header.nbytes + begin)
+            rows.append((begin, begin + len(raw), zlib.crc32(raw)))
+            begin += len(raw)
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,19 +16,25 @@ import typer
 from mpi4py import MPI
 
 import zerompi
+from zerompi.bench import checkpoints as checkpoints_bench
 from zerompi.bench import collectives as collectives_bench
 from zerompi.bench import training as training_bench
-from zerompi.bench.plot import plot_collectives, plot_training
-from zerompi.bench.tables import UNITS, table_of_collectives, table_of_training
+from zerompi.bench.plot import plot_checkpoints, plot_collectives, plot_training
+from zerompi.bench.tables import (
+    UNITS,
+    table_of_checkpoints,
+    table_of_collectives,
+    table_of_training,
+)
 from zerompi.collectives.choice import Row, write_table
 from zerompi.launch import threads_per_rank
 from zerompi.train.agreement import agree, agree_on_root
 from zerompi.train.config import InputError
 from zerompi.train.display import make_console
 
-KINDS = ("collectives", "training")
+KINDS = ("collectives", "training", "checkpoint")
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
-_COLLECTIVES, _TRAINING, _RESULTS = "Collectives", "Training", "Results"
+_COLLECTIVES, _TRAINING, _RESULTS = "Collectives", "Training and checkpoint", "Results"
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class _Options:
     sizes: str
     dtypes: str
     systems: str | None
+    directory: str
     workload: training_bench.Workload
     repeats: int
     out: str | None
@@ -66,8 +74,12 @@ def bench(
     ),
     systems: Optional[str] = typer.Option(  # noqa: UP045
         None,
-        help=f"Which of {', '.join(training_bench.SYSTEMS)}; all that are installed if not given.",
+        help=f"Which of {', '.join(training_bench.SYSTEMS)}, or for checkpoint of "
+        f"{', '.join(checkpoints_bench.SYSTEMS)}; all that are installed if not given.",
         rich_help_panel=_TRAINING,
+    ),
+    directory: str = typer.Option(
+        ".", help="Where checkpoints are written, and removed again.", rich_help_panel=_TRAINING
     ),
     layers: int = typer.Option(8, help="Blocks of the GPT.", rich_help_panel=_TRAINING),
     width: int = typer.Option(512, help="Width of the GPT.", rich_help_panel=_TRAINING),
@@ -96,16 +108,27 @@ def bench(
         rich_help_panel=_RESULTS,
     ),
 ) -> Callable[[], None]:
-    """Time collectives, or whole training steps, beside other libraries and beside the bound.
+    """Time collectives, whole training steps, or checkpoints, beside other libraries and the bound.
 
     Collectives: the MPI library's own, gloo's, and a plain copy of as many bytes. Training: torch's DDP, FSDP2
-    and ZeroRedundancyOptimizer, DeepSpeed, and the same step without communication. All take turns in one
-    run, so that their ratios hold on a machine that others use, too. The time is that of the slowest rank,
+    and ZeroRedundancyOptimizer, DeepSpeed, and the same step without communication. Checkpoint:
+    torch.distributed.checkpoint with FSDP2, torch.save, and the bare disk. All take turns in one run, so that their ratios hold on a machine that others use, too. The time is that of the slowest rank,
     the median of the repetitions.
     """
     workload = training_bench.Workload(layers, width, heads, context, batch, steps)
     options = _Options(
-        kind, collectives, sizes, dtypes, systems, workload, repeats, out, plot, compare, table
+        kind,
+        collectives,
+        sizes,
+        dtypes,
+        systems,
+        directory,
+        workload,
+        repeats,
+        out,
+        plot,
+        compare,
+        table,
     )
     return partial(_run, options)
 
@@ -117,8 +140,7 @@ def _run(options: _Options) -> None:
     topology = zerompi.Topology(world)
     torch.set_num_threads(threads_per_rank(len(topology.ranks_of_node[0])))
     title = f"{topology.size} ranks, {topology.num_nodes} nodes"
-    measure = _measure_training if options.kind == "training" else _measure_collectives
-    results = measure(options, world)
+    results = _MEASURE[options.kind](options, world)
     agree_on_root(world, lambda: _write(options, results, topology))
     if options.table is not None:
         rows = collectives_bench.choice_rows(world, results)
@@ -127,8 +149,7 @@ def _run(options: _Options) -> None:
         path = Path(options.plot)
         agree_on_root(world, lambda: _plot(options.kind, results, title, path))
     if world.rank == 0:
-        table = table_of_training if options.kind == "training" else table_of_collectives
-        make_console().print(table(results, before, title))
+        make_console().print(_TABLE[options.kind](results, before, title))
 
 
 def _measure_collectives(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
@@ -144,9 +165,42 @@ def _measure_collectives(options: _Options, world: MPI.Intracomm) -> Sequence[An
 
 
 def _measure_training(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
-    installed = agree_on_root(world, training_bench.available)
-    names = installed if options.systems is None else options.systems.split(",")
+    names = agree_on_root(world, lambda: _systems(options))
     return training_bench.measure(world, options.workload, names, options.repeats)
+
+
+def _measure_checkpoints(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
+    names = _systems(options)
+    return checkpoints_bench.measure(
+        world, options.workload, names, options.repeats, Path(options.directory)
+    )
+
+
+def _systems(options: _Options) -> list[str]:
+    if options.systems is not None:
+        return options.systems.split(",")
+    return (
+        list(checkpoints_bench.SYSTEMS)
+        if options.kind == "checkpoint"
+        else training_bench.available()
+    )
+
+
+_MEASURE: dict[str, Callable[[_Options, MPI.Intracomm], Sequence[Any]]] = {
+    "collectives": _measure_collectives,
+    "training": _measure_training,
+    "checkpoint": _measure_checkpoints,
+}
+_TABLE: dict[str, Callable[..., Any]] = {
+    "collectives": table_of_collectives,
+    "training": table_of_training,
+    "checkpoint": table_of_checkpoints,
+}
+_PLOT: dict[str, Callable[..., None]] = {
+    "collectives": plot_collectives,
+    "training": plot_training,
+    "checkpoint": plot_checkpoints,
+}
 
 
 # -- options -----------------------------------------------------------------------------------
@@ -158,9 +212,13 @@ def _check(options: _Options) -> None:
     _chosen("--dtypes", options.dtypes, _DTYPES)
     for size in options.sizes.split(","):
         _nbytes(size)
-    if options.systems is not None:
+    if options.systems is not None and options.kind == "checkpoint":
+        _chosen("--systems", options.systems, list(checkpoints_bench.SYSTEMS))
+    elif options.systems is not None:
         _chosen("--systems", options.systems, list(training_bench.SYSTEMS))
         _chosen("--systems", options.systems, training_bench.available())
+    if not os.access(options.directory, os.W_OK):
+        raise InputError(f"--directory: expected one to write to, got {options.directory}")
     counts = {**vars(options.workload), "repeats": options.repeats}
     for name, value in counts.items():
         if value < 1:
@@ -215,7 +273,7 @@ def _write(options: _Options, results: Sequence[Any], topology: zerompi.Topology
         "ranks": topology.size,
         "nodes": topology.num_nodes,
         "threads": torch.get_num_threads(),
-        "workload": vars(options.workload) if options.kind == "training" else None,
+        "workload": None if options.kind == "collectives" else vars(options.workload),
         "results": [{"key": result.key, **asdict(result)} for result in results],
     }
     Path(options.out).write_text(json.dumps(content, indent=2) + "\n")
@@ -233,8 +291,7 @@ def _add_to_table(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _plot(kind: str, results: Sequence[Any], title: str, path: Path) -> None:
-    draw = plot_training if kind == "training" else plot_collectives
     try:
-        draw(results, title, path)
+        _PLOT[kind](results, title, path)
     except ValueError as error:  # an ending that matplotlib does not know
         raise InputError(f"--plot: {path}: {error}") from error
