@@ -51,6 +51,49 @@ def bounds(block, code):
     return torch.cat([*of_blocks, torch.empty(0)]) / (2 * LARGEST_CODE[code.bits]) * (1 + 1e-5)
 
 
+# -- error bound -------------------------------------------------------------------------------
+
+
+def adversarial_blocks():
+    """Blocks of 16: all equal, one outlier, zeros, subnormal, largest; and random ones of all sizes."""
+    info = torch.finfo(torch.float32)
+    outlier = torch.full((16,), 1e-3)
+    outlier[5] = -1e4
+    halves = (torch.arange(16) - 7.5) / 7  # half way between two codes
+    random = torch.randn(600, 16, generator=torch.Generator().manual_seed(1))
+    random *= torch.logspace(-44, 37, 600)[:, None]
+    blocks = [
+        torch.full((16,), -0.3),
+        outlier,
+        torch.zeros(16),
+        halves,
+        torch.full((16,), info.max),
+    ]
+    blocks += [torch.arange(16) * 2.0**-149, torch.full((16,), 3e-39), *random]
+    return torch.stack(blocks)
+
+
+@pytest.mark.parametrize("code", [INT8, INT4])
+def test_the_error_is_within_the_documented_bound(code):
+    blocks = adversarial_blocks()
+    out = arrived(blocks.flatten(), code).view_as(blocks).double()
+    largest = blocks.double().abs().amax(1, keepdim=True)
+    bound = largest / (2 * LARGEST_CODE[code.bits]) + 1e-6 * largest + 2.0**-149
+    assert ((out - blocks.double()).abs() <= bound).all()
+    assert (out[2] == 0).all()
+
+
+@pytest.mark.parametrize("code", [INT8, INT4])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_block_that_is_not_finite_arrives_as_nan(code, value):
+    block = torch.ones(40)
+    block[20] = value
+    out = arrived(block, code)
+    assert out[16:32].isnan().all()
+    assert torch.allclose(out[:16], torch.ones(16))
+    assert out[32:].isfinite().all()
+
+
 # -- all-gather --------------------------------------------------------------------------------
 
 
