@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from harness.mpirun import MPIRun
+from zerompi.bench import checkpoints
 from zerompi.bench.collectives import COLLECTIVES, measure
 from zerompi.bench.training import SYSTEMS, Workload, available
 from zerompi.bench.training import measure as measure_training
@@ -82,7 +83,10 @@ def test_training_can_be_saved_drawn_and_compared(
         (["--collectives", "gather"], "--collectives: expected some of reduce_scatter,"),
         (["--dtypes", "int8"], "--dtypes: expected some of float32,"),
         (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
-        (["trainings"], "KIND: expected some of collectives, training, got 'trainings'"),
+        (
+            ["trainings"],
+            "KIND: expected some of collectives, training, checkpoint, got 'trainings'",
+        ),
         (["training", "--systems", "horovod"], "--systems: expected some of free, zerompi-1,"),
         (["training", "--heads", "5"], "--heads: expected a divisor of --width / 2 = 256, got 5"),
         (["training", "--steps", "0"], "--steps: expected at least 1, got 0"),
@@ -97,3 +101,15 @@ def test_wrong_arguments_are_one_line(
     assert job.returncode == 2, job.output
     assert job.stderr.count("error: ") == 1
     assert message in job.stderr
+
+
+def test_every_system_saves_and_loads(comm, tmp_path):
+    workload = Workload(layers=1, width=32, heads=2, context=8, batch=1, steps=1)
+    names = list(checkpoints.SYSTEMS)
+    results = checkpoints.measure(comm, workload, names, 1, comm.bcast(tmp_path))
+    assert [result.system for result in results] == names
+    for result in results:
+        assert 0 < result.pause <= result.seconds
+        assert (result.load is None) == (result.system == checkpoints.DISK)
+        assert result.nbytes >= results[0].nbytes
+    assert list(tmp_path.iterdir()) == []

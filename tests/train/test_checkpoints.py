@@ -48,11 +48,15 @@ def test_only_the_latest_checkpoint_of_the_output_is_continued(
 
 
 @pytest.mark.parametrize(
-    ("keep", "kept"),
-    [(1, {"step-5"}), (2, {"step-5", "step-4"}), (0, {"step-5", "step-4", "step-3"})],
+    ("keep", "kept", "blocking"),
+    [
+        (1, {"step-5"}, True),
+        (2, {"step-5", "step-4"}, False),
+        (0, {"step-5", "step-4", "step-3"}, True),
+    ],
 )
 def test_a_saved_checkpoint_replaces_older_ones_never_itself(
-    comm: MPI.Intracomm, out: Path, keep: int, kept: set[str]
+    comm: MPI.Intracomm, out: Path, keep: int, kept: set[str], blocking: bool
 ) -> None:
     def make() -> None:
         _make(out, 3, 4, 16)  # 16: put there by somebody else meanwhile
@@ -64,7 +68,7 @@ def test_a_saved_checkpoint_replaces_older_ones_never_itself(
         out=str(out), data=str(out / "text"), keep=keep, layers=1, width=8, heads=1, context=8
     )
     job = prepare(config, comm)
-    path = save_checkpoint(job, 5)
+    path = save_checkpoint(job, 5, blocking=blocking)
     job.zero.close()
     assert path.name == "step-5"
     names = {other.name for other in path.parent.iterdir() if other.name[0] != "."}
