@@ -54,7 +54,7 @@ def test_a_resumed_job_repeats_the_losses_bit_for_bit(train: Train) -> None:
     whole = train(2, "whole")
     parts = train(2, "parts", save_every=2)
     checkpoints = parts.out / "checkpoints"
-    assert {path.name for path in checkpoints.iterdir()} == {"step-4", "step-6"}
+    assert {path.name for path in checkpoints.iterdir()} == {"step-4", "step-6", "latest"}
     shutil.rmtree(checkpoints / "step-6")
     resumed = train(2, "parts", resume=True, save_every=2, keep=1)
     assert f"continuing from {checkpoints / 'step-4'} after step 4" in resumed.job.stdout
@@ -62,7 +62,7 @@ def test_a_resumed_job_repeats_the_losses_bit_for_bit(train: Train) -> None:
     assert [line["grad_norm"] for line in resumed.metrics if line["kind"] == "train"] == [
         line["grad_norm"] for line in whole.metrics if line["kind"] == "train"
     ]
-    assert {path.name for path in checkpoints.iterdir()} == {"step-6"}
+    assert {path.name for path in checkpoints.iterdir()} == {"step-6", "latest"}
     finished = train(2, "parts", resume=True, save_every=2, keep=1)
     assert finished.summary["result"]["train_loss"] is None
     assert finished.losses == whole.losses
