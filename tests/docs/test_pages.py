@@ -144,8 +144,13 @@ def documented_messages() -> list[str]:
 
 def says(documented: str, message: str) -> bool:
     """Whether the documented form is that of the message."""
-    parts = [re.escape(part) for part in re.split(r"\s*…\s*", documented)]
-    return re.search(r"[\s\S]*?".join(parts), message) is not None
+    position = 0
+    for part in re.split(r"\s*…\s*", documented):
+        position = message.find(part, position)
+        if position < 0:
+            return False
+        position += len(part)
+    return True
 
 
 def test_documented_messages_are_those_of_the_code():
