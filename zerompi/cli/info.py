@@ -43,13 +43,13 @@ def info(
 
     With mpiexec it shows the job; without, a single process.
     """
-    if probe and MPI.COMM_WORLD.size > 1:
-        raise InputError("--probe: expected a single process, which starts a job, got several")
     return partial(_show, probe_with=(launcher,) if probe else None)
 
 
 def _show(probe_with: tuple[str | None] | None) -> None:
     world = MPI.COMM_WORLD
+    if probe_with is not None and world.size > 1:
+        raise InputError("--probe: expected a single process, which starts a job, got several")
     topology = zerompi.Topology(world)
     local_size = len(topology.ranks_of_node[topology.node_of[world.rank]])
     hosts = world.gather(platform.node(), root=0)
