@@ -16,7 +16,9 @@ from pathlib import Path
 _SECONDS = 60
 _NUMELS = (16, 1 << 22)  # what is sent at once, and what is fetched
 # What launchers and MPI libraries tell their processes: the job is not part of this one.
-_PREFIXES = ("PMI", "OMPI_", "PRTE_", "PMIX_", "HYDRA_", "MPI_LOCAL", "PALS_", "MV2_COMM_")
+_PREFIXES = ("PMI", "OMPI_", "PRTE_", "PMIX_", "HYDRA_", "HYDI_", "MPI_LOCAL", "PALS_", "MV2_COMM_")
+# But these are what the user tells Open MPI.
+_KEPT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_", "PRTE_MCA_rmaps_")
 
 
 def probe(launcher: str | None) -> str:
@@ -26,7 +28,11 @@ def probe(launcher: str | None) -> str:
         launcher: command that starts two ranks; None is `mpiexec -n 2`.
     """
     command = shlex.split(launcher) if launcher else [_mpiexec(), "-n", "2"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_PREFIXES)}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith(_KEPT) or not key.startswith(_PREFIXES)
+    }
     try:
         job = subprocess.Popen(
             [*command, sys.executable, "-m", "zerompi.cli.probe"],
