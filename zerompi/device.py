@@ -24,14 +24,12 @@ import torch
 from torch import Tensor
 
 from zerompi.errors import ZerompiError
+from zerompi.kernels.compiler import THREADS, launch
 from zerompi.kernels.summation import SUM_KERNELS, SUM_SOURCE
 from zerompi.memory import HOST, DeviceArray, Reader, Space
 
 _DEVICE_MEMORY = 2  # cudaMemoryTypeDevice, hipMemoryTypeDevice
 _COPY = 4  # cudaMemcpyDefault: the addresses tell the direction
-_BLOCK_THREADS = 256
-_MAX_BLOCKS = 2048
-_OPTIONS = ("--std=c++14", "--fmad=false")
 
 _is_active = False
 _number: int | None = None  # of the device of this process; others' threads have to be told
@@ -383,11 +381,6 @@ def from_host(target: DeviceArray, tensor: Tensor) -> None:
     _copy(target.data_ptr(), tensor.data_ptr(), target.nbytes, _lane().stream)
 
 
-@cache
-def _sums() -> Any:
-    return _cupy().RawModule(code=SUM_SOURCE, options=_OPTIONS)
-
-
 def sum_in_order(summands: Sequence[DeviceArray], out: DeviceArray, scale: float) -> bool:
     """`out` = `scale` times the sum, first to last; False, and nothing done, if there is no kernel."""
     kernel = SUM_KERNELS.get(out.dtype)
@@ -395,17 +388,15 @@ def sum_in_order(summands: Sequence[DeviceArray], out: DeviceArray, scale: float
         return False
     addresses = np.array([summand.data_ptr() for summand in summands], dtype=np.uint64)
     table = _cupy().asarray(addresses)
-    blocks = min(-(-out.numel() // _BLOCK_THREADS), _MAX_BLOCKS)
-    _sums().get_function(kernel)(
-        (blocks,),
-        (_BLOCK_THREADS,),
-        (
-            table,
-            np.int32(len(summands)),
-            np.uint64(out.data_ptr()),
-            np.int64(out.numel()),
-            np.float64(scale),
-        ),
+    launch(
+        SUM_SOURCE,
+        kernel,
+        -(-out.numel() // THREADS),
+        table,
+        np.int32(len(summands)),
+        np.uint64(out.data_ptr()),
+        np.int64(out.numel()),
+        np.float64(scale),
     )
     return True
 

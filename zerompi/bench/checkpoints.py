@@ -20,7 +20,7 @@ from torch import nn
 
 import zerompi
 from zerompi.bench.gloo import gloo
-from zerompi.bench.training import Workload, peak_while, resident_nbytes
+from zerompi.bench.training import Workload, make_fsdp2_model, peak_while, resident_nbytes
 
 DISK = "disk"
 _PIECE = 4 << 20  # bytes of one write
@@ -130,14 +130,8 @@ def _distributed(workload: Workload, comm: MPI.Intracomm) -> Iterator[Storing]:
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load as load_into
     from torch.distributed.checkpoint.state_dict_saver import save as save_from
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (comm.size,))
-    model = workload.make_model()
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = make_fsdp2_model(workload, comm)
     optimizer = _adamw(model)
     _trained(workload, model, optimizer)
 

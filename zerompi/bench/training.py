@@ -190,8 +190,8 @@ def _ddp(workload: Workload, comm: MPI.Intracomm, *, shards_states: bool) -> Ite
     yield Running(_plain_step(model, optimizer))
 
 
-@contextmanager
-def _fsdp2(workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
+def make_fsdp2_model(workload: Workload, comm: MPI.Intracomm) -> GPT:
+    """The workload's model, its blocks and itself sharded by FSDP2 over gloo's ranks. Collective."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -200,6 +200,12 @@ def _fsdp2(workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return model
+
+
+@contextmanager
+def _fsdp2(workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
+    model = make_fsdp2_model(workload, comm)
     yield Running(_plain_step(model, _adamw(model.parameters())))
 
 
