@@ -11,34 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from zerompi.checkpoint import CheckpointReader
 from zerompi.errors import CheckpointError, ZerompiError
 from zerompi.generators import Install, prepare_states, states_of_rank
 from zerompi.optimizer import is_elementwise_shape
-from zerompi.precision import LossScaler
+from zerompi.parts import Parts
 from zerompi.state import Entry, Match, entries, listed, match_names, persistent_buffers
 from zerompi.state import refuse_problems as refuse
 from zerompi.unit import Unit
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a checkpoint is loaded into, on this rank.
-
-    Attributes:
-        aliases: other names of tied parameters -> the name under which they are kept.
-    """
-
-    model: nn.Module
-    optimizer: Optimizer | None
-    units: Sequence[Unit]
-    aliases: Mapping[str, str]
-    scaler: LossScaler | None
-    rank: int
-    size: int
 
 
 @dataclass
@@ -75,7 +58,7 @@ class Restoration:
     scaler: dict[str, float] | None
     extra: dict[str, Any]
 
-    def apply(self, target: Target) -> None:
+    def apply(self, parts: Parts) -> None:
         """Take it over; memory is given back on the way."""
         while self.copies:
             destination, values = self.copies.pop()
@@ -86,11 +69,11 @@ class Restoration:
                     group[key].fill_(value)
                 else:
                     group[key] = value
-        if target.optimizer is not None and self.states is not None:
-            target.optimizer.state.clear()
-            target.optimizer.state.update(self.states)
-        if target.scaler is not None and self.scaler is not None:
-            target.scaler.load_state_dict(self.scaler)
+        if parts.optimizer is not None and self.states is not None:
+            parts.optimizer.state.clear()
+            parts.optimizer.state.update(self.states)
+        if parts.scaler is not None and self.scaler is not None:
+            parts.scaler.load_state_dict(self.scaler)
         for install in self.generators:
             install()
 
@@ -98,7 +81,7 @@ class Restoration:
 # -- names -------------------------------------------------------------------------------------
 
 
-def plan(reader: CheckpointReader, target: Target, *, strict: bool) -> Plan:
+def plan(reader: CheckpointReader, parts: Parts, *, strict: bool) -> Plan:
     """Compare the checkpoint with the model and the optimizer; nothing is read yet.
 
     Raises:
@@ -106,12 +89,12 @@ def plan(reader: CheckpointReader, target: Target, *, strict: bool) -> Plan:
         CheckpointError: `state.json` makes no sense.
     """
     shapes = {name: spec.shape for name, spec in reader.model_specs.items()}
-    found = Plan(match_names(shapes, target.model, target.units, target.aliases))
+    found = Plan(match_names(shapes, parts.model, parts.units, parts.aliases))
     if strict:
         refuse("the checkpoint", found.match.problems)
-    if target.optimizer is not None and reader.state:
+    if parts.optimizer is not None and reader.state:
         try:
-            _plan_optimizer(reader, target.optimizer, target.units, found)
+            _plan_optimizer(reader, parts.optimizer, parts.units, found)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _senseless(reader, "optimizer", error) from error
     if strict and found.problems:
@@ -179,36 +162,37 @@ def _state_problem(
 # -- values ------------------------------------------------------------------------------------
 
 
-def read(reader: CheckpointReader, target: Target, found: Plan) -> Restoration:
+def read(reader: CheckpointReader, parts: Parts, found: Plan) -> Restoration:
     """Read and verify this rank's part of everything; nothing is changed.
 
     Raises:
         CheckpointError: something is damaged, or `state.json` makes no sense.
     """
     state = reader.state
+    world = parts.context.world
     rng, extra = state.get("rng") or [], state.get("extra") or {}
     if not isinstance(extra, dict):
         raise CheckpointError(f"{reader.path / 'state.json'}: extra: expected an object")
-    copies = _read_model(reader, target, found.match)
+    copies = _read_model(reader, parts, found.match)
     groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
     states: dict[Tensor, dict[str, Any]] | None = None
     try:
-        generators = prepare_states(states_of_rank(rng, target.rank, target.size))
+        generators = prepare_states(states_of_rank(rng, world.rank, world.size))
         scaler = _scaler_state(state.get("loss_scaler"))
-        if target.optimizer is not None and found.states is not None:
-            states = _read_states(reader, target.units, found.states)
+        if parts.optimizer is not None and found.states is not None:
+            states = _read_states(reader, parts.units, found.states)
             if found.takes_groups:
-                groups = _settings(target.optimizer, state["optimizer"]["param_groups"])
+                groups = _settings(parts.optimizer, state["optimizer"]["param_groups"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _senseless(reader, "rng, loss_scaler or optimizer", error) from error
     return Restoration(copies, groups, states, generators, scaler, extra)
 
 
 def _read_model(
-    reader: CheckpointReader, target: Target, match: Match
+    reader: CheckpointReader, parts: Parts, match: Match
 ) -> list[tuple[Tensor, Tensor]]:
     copies = []
-    for entry in entries(target.units):
+    for entry in entries(parts.units):
         if entry.name not in match.stored:
             continue
         if entry.segment.is_main_replicated:
@@ -218,7 +202,7 @@ def _read_model(
         values = torch.empty(own.shape, dtype=own.dtype)
         reader.read_model(match.stored[entry.name], start, stop, values)
         copies.append((own, values))
-    for name, buffer in persistent_buffers(target.model).items():
+    for name, buffer in persistent_buffers(parts.model).items():
         if name in match.stored:
             values = torch.empty(buffer.numel(), dtype=buffer.dtype)
             reader.read_model(match.stored[name], 0, buffer.numel(), values)

@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zerompi import launch, registry, restore
+from zerompi import launch, registry
 from zerompi import state as states
 from zerompi.accounting import MessageBytes, measure_parameters, memory_report, message_nbytes
 from zerompi.activity import phase, progress
-from zerompi.agreement import agreement
-from zerompi.checkpoint import (
-    BackgroundSaves,
-    CheckpointReader,
-    WriteOptions,
-    open_draft,
-    snapshot,
-    write_checkpoint,
-)
+from zerompi.checkpoint import WriteOptions
+from zerompi.checkpoints import Checkpoints, SaveOptions
 from zerompi.context import Context
 from zerompi.errors import ZerompiError
-from zerompi.generators import generator_states
-from zerompi.hooks import Hooks
+from zerompi.full_values import FullValues
+from zerompi.guards import Guards
 from zerompi.join import Follower, Stateful
-from zerompi.optimizer import PieceOptimizer
-from zerompi.placement import Placement
+from zerompi.parts import Parts
 from zerompi.report import Report
 from zerompi.unit import Unit
+from zerompi.zero_grad import ZeroGrad
 
 _DEFAULTS = WriteOptions()
-
-_log = logging.getLogger("zerompi")
 
 
 class Zero:
@@ -60,35 +48,23 @@ class Zero:
         context: Context,
         without_values: set[str],
     ) -> None:
-        self._model = model
-        self._units = list(units)
-        self._context = context
-        self._scaler = scaler = context.precision.make_scaler()
-        self._aliases = states.aliases(model, units)
-        self._state_keys = list(model.state_dict(keep_vars=True))
-        self._uninitialised = without_values
-        self._optimizer = PieceOptimizer(optimizer, units, context, scaler)
-        self._hooks = Hooks(model, units, context, scaler)
-        self._hooks.buffers.synchronise()
-        self._guards = [
-            model.register_forward_pre_hook(self._refuse_uninitialised, prepend=True),
-            model.register_load_state_dict_pre_hook(self._refuse_load_state_dict),
-            *(m.register_state_dict_pre_hook(self._refuse_state_dict) for m in model.modules()),
-        ]
+        self._parts = parts = Parts(model, optimizer, units, context, without_values)
+        self._units, self._context = parts.units, context
+        self._optimizer, self._hooks = parts.piece_optimizer, parts.hooks
+        self._guards = Guards(parts)
+        self._full_values = FullValues(parts)
+        self._checkpoints = Checkpoints(parts)
+        self._zero_grad = ZeroGrad(parts)
         methods: dict[str, Callable[..., Any]] = {
-            "full_state_dict": self.full_state_dict,
-            "save": lambda path, settings: self.save(path, **settings),
-            "zero_grad": self._zero_grad_of,
+            "full_state_dict": self._full_values.state_dict,
+            "save": self._checkpoints.save,
+            "zero_grad": self._zero_grad.follow,
         }
         self._follower = Follower(units, context, self._hooks, self._optimizer, methods)
-        self._zero_grad = model.zero_grad
-        model.zero_grad = self._zero_grad_of_pieces  # type: ignore[method-assign]
         registry.register((entry.name, entry.parameter) for entry in states.entries(units))
-        if optimizer is not None:
-            self._guards.append(optimizer.register_step_post_hook(self._end_of_step))
-        self._saves = BackgroundSaves(context.world.comm, context.memory)
-        self._skipped: list[str] = []
-        self._closed = False
+        self._step_hook = (
+            None if optimizer is None else optimizer.register_step_post_hook(self._end_of_step)
+        )
         self._num_steps = 0
         self._traffic_mark = context.world.traffic.snapshot()
         self._step_traffic: Mapping[str, Mapping[str, int]] = {}
@@ -112,7 +88,8 @@ class Zero:
     @property
     def loss_scale(self) -> float:
         """The factor by which gradients are scaled inside the model now; 1 without loss scaling."""
-        return 1.0 if self._scaler is None else self._scaler.scale
+        scaler = self._parts.scaler
+        return 1.0 if scaler is None else scaler.scale
 
     @property
     def skipped_steps(self) -> int:
@@ -136,7 +113,7 @@ class Zero:
     @property
     def skipped(self) -> list[str]:
         """What the last `load(strict=False)` has not loaded and why, one sentence each."""
-        return list(self._skipped)
+        return list(self._checkpoints.skipped)
 
     @property
     def message_nbytes(self) -> MessageBytes:
@@ -158,7 +135,7 @@ class Zero:
             ValueError: `norm_type` is not positive.
             MismatchError: a rank does something else.
         """
-        self._check_open()
+        self._parts.check_open()
         return self._optimizer.clip_grad_norm_(max_norm, norm_type)
 
     @contextmanager
@@ -169,7 +146,7 @@ class Zero:
         of the whole model's, in the reduce dtype, at every stage; an exception in a backward pass
         drops them.
         """
-        self._check_open()
+        self._parts.check_open()
         self._hooks.accumulation.paused += 1
         try:
             yield
@@ -186,7 +163,7 @@ class Zero:
             ValueError: `count` is not a positive integer.
             ZerompiError: the context ends after another number of backward passes.
         """
-        self._check_open()
+        self._parts.check_open()
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"count: expected a positive integer, got {count!r}")
         accumulation = self._hooks.accumulation
@@ -218,7 +195,7 @@ class Zero:
             ValueError: `samples` is negative or not finite.
             ZerompiError: the weights of all ranks are 0 (from `backward`).
         """
-        self._check_open()
+        self._parts.check_open()
         weight = float(samples)
         if not 0 <= weight < math.inf:
             raise ValueError(f"samples: expected 0 or a positive number, got {samples}")
@@ -252,62 +229,17 @@ class Zero:
             ZerompiError: inside another `join`; or this rank has left gradients of `no_sync` behind.
             MismatchError: ranks that still have batches do different things.
         """
-        self._agree("join")
-        with self._context.attendance.open(), self._announced_zero_grad():
+        self._parts.agree("join")
+        with self._context.attendance.open(), self._zero_grad.announced():
             yield
             self._follower.follow()
             self._follower.catch_up(schedulers)
 
-    @contextmanager
-    def _announced_zero_grad(self) -> Iterator[None]:
-        """While the context lasts, other ranks are told when this one calls `optimizer.zero_grad`."""
-        optimizer = self._optimizer.optimizer
-        if optimizer is None:
-            yield
-            return
-        own = vars(optimizer)
-        earlier, zero_grad = own.get("zero_grad"), optimizer.zero_grad
-
-        def announce_and_zero_grad(set_to_none: bool = True) -> None:
-            self._announce_zero_grad("optimizer", set_to_none)
-            zero_grad(set_to_none)
-
-        own["zero_grad"] = announce_and_zero_grad
-        try:
-            yield
-        finally:
-            del own["zero_grad"]
-            if earlier is not None:
-                own["zero_grad"] = earlier
-
-    def _announce_zero_grad(self, owner: str, set_to_none: bool) -> None:
-        attendance = self._context.attendance
-        if attendance.is_open:
-            self._context.settle()
-            attendance.announce(f"zero_grad of the {owner}", "zero_grad", owner, set_to_none)
-
-    def _zero_grad_of(self, owner: str, set_to_none: bool) -> None:
-        """What an announced `zero_grad` does on the ranks that are told."""
-        optimizer = self._optimizer.optimizer
-        if owner == "optimizer" and optimizer is not None:
-            optimizer.zero_grad(set_to_none)
-        else:
-            self._model.zero_grad(set_to_none)
-
-    def _zero_grad_of_pieces(self, set_to_none: bool = True) -> None:
-        """`model.zero_grad`: the gradients of a partitioned model hang on its pieces."""
-        self._announce_zero_grad("model", set_to_none)
-        self._zero_grad(set_to_none)
-        for entry in states.entries(self._units):
-            if set_to_none or entry.piece.grad is None:
-                entry.piece.grad = None
-            else:
-                entry.piece.grad.zero_()
-
     # -- full values ---------------------------------------------------------------------------
 
-    @contextmanager
-    def gathered(self, module: nn.Module | None = None, writable: bool = False) -> Iterator[None]:
+    def gathered(
+        self, module: nn.Module | None = None, writable: bool = False
+    ) -> AbstractContextManager[None]:
         """Full parameters of `module` (None: the model) are visible as ordinary tensors inside.
 
         Collective: every rank enters and leaves. Read-only, the parameters have the parameter dtype, and
@@ -318,34 +250,8 @@ class Zero:
         Raises:
             ValueError: `module` is not part of the model.
         """
-        self._check_open()
-        units = self._units_of(self._model if module is None else module)
-        names = ", ".join(unit.name for unit in units)
-        what = f"gathered(writable={writable}) of {names}"
-        self._agree(what, None if writable else "agree", what)
-        with ExitStack() as stack:
-            for unit in units:
-                if writable:
-                    stack.enter_context(unit.main_weights())
-                else:
-                    stack.enter_context(_held(unit))
-            if not writable and torch.is_grad_enabled():
-                stack.enter_context(self._hooks.saved_parameters(units))
-            yield
-        if writable:
-            self._uninitialised -= {entry.name for entry in states.entries(units)}
+        return self._full_values.gathered(module, writable)
 
-    def _units_of(self, module: nn.Module) -> list[Unit]:
-        if not any(module is known for known in self._model.modules()):
-            raise ValueError(f"module: expected a module of the model, got {type(module).__name__}")
-        wanted = {id(parameter) for parameter in module.parameters()}
-        return [
-            unit
-            for unit in self._units
-            if any(wanted.intersection(segment.index_of) for segment in unit.segments)
-        ]
-
-    @phase("full_state_dict")
     def full_state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
         """Parameters (main weights: float32 under mixed precision) and buffers, on the host.
 
@@ -354,28 +260,8 @@ class Zero:
         modules (`get_extra_state`) is not included. With `rank0_only`, the other ranks get an empty
         dict and no memory is taken there beyond one unit.
         """
-        self._synchronise_buffers()
-        what = f"full_state_dict(rank0_only={rank0_only})"
-        self._agree(what, "full_state_dict", rank0_only)
-        keep = not rank0_only or self.rank == 0
-        values: dict[str, Tensor] = {}
-        for unit in self._units:
-            for segment in unit.segments:
-                flat = segment.main_values()
-                if keep:
-                    for index, name in enumerate(segment.names):
-                        values[name] = segment.view(flat, index).to("cpu", copy=True)
-        if not keep:
-            return {}
-        for name, buffer in states.persistent_buffers(self._model).items():
-            values[name] = buffer.detach().cpu().clone()
-        return {
-            key: values[self._aliases.get(key, key)]
-            for key in self._state_keys
-            if self._aliases.get(key, key) in values
-        }
+        return self._full_values.state_dict(rank0_only)
 
-    @phase("load_full_state_dict")
     def load_full_state_dict(self, sd: Mapping[str, Tensor] | None) -> None:
         """Take the parameters and buffers of rank 0's `sd`; the reverse of `full_state_dict`.
 
@@ -384,31 +270,10 @@ class Zero:
         Raises:
             ZerompiError: names or shapes are not the model's (on all ranks, nothing is changed).
         """
-        self._agree("load_full_state_dict")
-        given: dict[str, Tensor] = {}
-        with agreement(self._context.world.comm):
-            if self.rank == 0:
-                given = {key: torch.as_tensor(value) for key, value in (sd or {}).items()}
-                shapes = {key: value.shape for key, value in given.items()}
-                match = states.match_names(shapes, self._model, self._units, self._aliases)
-                states.refuse_problems("sd", match.problems)
-                given = {self._aliases.get(key, key): value for key, value in given.items()}
-        for unit in self._units:
-            for segment in unit.segments:
-                flat = segment.zeros_like_full()
-                if self.rank == 0:
-                    for index, name in enumerate(segment.names):
-                        segment.view(flat, index).copy_(given[name])
-                segment.set_values(flat)
-        if self.rank == 0:
-            for name, buffer in states.persistent_buffers(self._model).items():
-                buffer.detach().copy_(given[name])
-        self._hooks.buffers.synchronise(everything=True)
-        self._uninitialised.difference_update(self._state_keys)
+        self._full_values.load_state_dict(sd)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
-    @phase("save")
     def save(
         self,
         path: str | PathLike[str],
@@ -451,42 +316,8 @@ class Zero:
             ValueError: an argument is out of its range.
             ZerompiError: an earlier save is going on, with `if_pending="refuse"`.
         """
-        options = _write_options(if_pending, keep, include, max_shard_size)
-        settings = {
-            "extra": extra,
-            "blocking": blocking,
-            "if_pending": if_pending,
-            "keep": keep,
-            "include": include,
-            "max_shard_size": max_shard_size,
-        }
-        self._synchronise_buffers()
-        self._agree(f"save of {path}", "save", path, settings)
-        self._make_way(if_pending)
-        comm, optimizer = self._context.world.comm, self._optimizer.optimizer
-        rng = comm.gather(generator_states(), root=0)
-        with agreement(comm):
-            model = states.model_table(self._model, self._units)
-            optimizer_state = states.optimizer_table(optimizer, self._units)
-            rest = {
-                "extra": dict(extra or {}),
-                "optimizer": states.plain_optimizer_state(optimizer, self._units),
-                "loss_scaler": None if self._scaler is None else self._scaler.state_dict(),
-                "rng": rng,
-            }
-            if not blocking:
-                model, optimizer_state = snapshot(model), snapshot(optimizer_state)
-        if blocking:
-            write_checkpoint(Path(path), model, optimizer_state, rest, comm, options)
-        else:
-            draft = open_draft(Path(path), model, optimizer_state, rest, comm, options)
-            self._saves.begin(draft, rest)
-
-    def _make_way(self, if_pending: str) -> None:
-        comm = self._context.world.comm
-        if if_pending == "refuse" and any(comm.allgather(self._saves.is_pending)):
-            raise ZerompiError("save: expected no save to be going on, got one in the background")
-        self._saves.finish()
+        options = SaveOptions(extra, blocking, if_pending, keep, include, max_shard_size)
+        self._checkpoints.save(path, options)
 
     def wait_for_save(self) -> None:
         """Wait until the checkpoint of a `save(blocking=False)` is at its path. Collective.
@@ -494,10 +325,8 @@ class Zero:
         Raises:
             CheckpointError: it could not be written (on all ranks; what was there is untouched).
         """
-        self._agree("wait_for_save")
-        self._saves.finish()
+        self._checkpoints.wait()
 
-    @phase("load")
     def load(
         self,
         path: str | PathLike[str],
@@ -522,38 +351,7 @@ class Zero:
             CheckpointError: it cannot be read or is damaged.
                 Both on all ranks, and nothing is overwritten.
         """
-        self._agree(f"load(strict={strict})")
-        self._saves.finish()
-        world = self._context.world
-        target = restore.Target(
-            self._model,
-            self._optimizer.optimizer,
-            self._units,
-            self._aliases,
-            self._scaler,
-            world.rank,
-            world.size,
-        )
-        with ExitStack() as stack:
-            with agreement(world.comm):
-                reader = stack.enter_context(CheckpointReader(Path(path), names=names))
-                plan = restore.plan(reader, target, strict=strict)
-            with agreement(world.comm):
-                restoration = restore.read(reader, target, plan)
-        extra = restoration.extra
-        restoration.apply(target)
-        self._hooks.release_kept()
-        self._optimizer.refresh(everything=True)
-        self._note_loaded(plan)
-        return extra
-
-    def _note_loaded(self, plan: restore.Plan) -> None:
-        loaded = set(plan.match.stored)
-        loaded.update(alias for alias, name in self._aliases.items() if name in loaded)
-        self._uninitialised -= loaded
-        self._skipped = plan.skipped
-        if self._skipped and self.rank == 0:
-            _log.warning("load(strict=False) skipped: %s", "; ".join(self._skipped[:20]))
+        return self._checkpoints.load(path, names, strict)
 
     # -- report --------------------------------------------------------------------------------
 
@@ -576,69 +374,7 @@ class Zero:
         self._step_traffic = traffic.difference(self._traffic_mark)
         self._traffic_mark = traffic.snapshot()
         self._step_times = self._context.times.reset()
-        self._saves.poll()
-
-    # -- guards --------------------------------------------------------------------------------
-
-    def _refuse_uninitialised(self, module: nn.Module, args: Any) -> None:
-        if not self._uninitialised:
-            return
-        for name, buffer in self._model.named_buffers():
-            if not torch.isnan(buffer).all():
-                self._uninitialised.discard(name)  # filled by hand
-        names = sorted(self._uninitialised)
-        if names:
-            raise ZerompiError(
-                f"{len(names)} tensors were on the meta device and have no values yet: "
-                f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}; call zero.load(...), or "
-                "give their modules a reset_parameters method; buffers that no checkpoint holds can be "
-                "made on the host"
-            )
-
-    def _refuse_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if any(unit.is_hidden for unit in self._units_of(module)):
-            raise ZerompiError(
-                "model.state_dict() of a partitioned model: the parameters are not here; use "
-                "zero.full_state_dict(), or call it inside zero.gathered()"
-            )
-
-    def _refuse_load_state_dict(self, *args: Any) -> None:
-        separate = any(
-            segment.main_dtype is not segment.dtype
-            for unit in self._units
-            for segment in unit.segments
-        )
-        shared = any(s.is_node_copy for unit in self._units for s in unit.segments)
-        if separate or shared or self._context.stage.parameter is Placement.SHARD:
-            raise ZerompiError(
-                "model.load_state_dict() would not reach the main weights of a partitioned model; use "
-                "zero.load_full_state_dict()"
-            )
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ZerompiError("this partition is closed")
-
-    def _synchronise_buffers(self) -> None:
-        self._check_open()
-        self._context.settle()
-        self._hooks.buffers.synchronise()
-
-    def _agree(self, what: str, operation: str | None = None, *arguments: Any) -> None:
-        """Make sure that all ranks are about to do the same.
-
-        Args:
-            what: for people.
-            operation: what ranks do that have nothing more to do inside `join`; None is refused there.
-            arguments: for them.
-        """
-        self._check_open()
-        self._context.settle()
-        attendance = self._context.attendance
-        if operation is None and attendance.is_open and not attendance.is_following:
-            raise ZerompiError(f"{what}: expected to be outside of join(), got a call inside it")
-        attendance.announce(what, operation or "", *arguments)
-        self._context.world.agree(what)
+        self._checkpoints.background.poll()
 
     # -- end -----------------------------------------------------------------------------------
 
@@ -651,25 +387,26 @@ class Zero:
         Raises:
             CheckpointError: that checkpoint could not be written; everything is freed all the same.
         """
-        if self._closed:
+        if self._parts.is_closed:
             return
         with phase("close"):
-            self._agree("close of the partition")
-        self._closed = True
+            self._parts.agree("close of the partition")
+        self._parts.is_closed = True
         try:
-            self._saves.finish()
+            self._checkpoints.background.finish()
         finally:
             self._release()
 
     def _release(self) -> None:
-        self._saves.close()
+        self._checkpoints.background.close()
         self._context.thread.close()
         atexit.unregister(self._at_exit)
         self._hooks.remove()
         self._optimizer.remove()
-        for guard in self._guards:
-            guard.remove()
-        self._model.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        self._guards.remove()
+        if self._step_hook is not None:
+            self._step_hook.remove()
+        self._zero_grad.remove()
         registry.forget(entry.parameter for entry in states.entries(self._units))
         self._leave_shared_memory()
         context = self._context
@@ -690,12 +427,12 @@ class Zero:
 
     def _at_exit(self) -> None:
         """Tell ranks that still train that this one has ended; complete a checkpoint on its way."""
-        if self._closed:
+        if self._parts.is_closed:
             return
         try:
             if not launch.is_alone():
-                self._agree("end of the program")
-            self._saves.finish_at_exit()
+                self._parts.agree("end of the program")
+            self._checkpoints.background.finish_at_exit()
         except Exception as error:  # nobody else would see it: atexit swallows exceptions
             launch.report_and_abort(type(error), error, error.__traceback__)
 
@@ -710,25 +447,3 @@ class Zero:
     ) -> None:
         if kind is None:
             self.close()
-
-
-def _write_options(
-    if_pending: str, keep: int, include: Sequence[str | PathLike[str]], max_shard_size: int
-) -> WriteOptions:
-    if if_pending not in ("wait", "refuse"):
-        raise ValueError(f"if_pending: expected 'wait' or 'refuse', got {if_pending!r}")
-    for name, value, least in (("keep", keep, 0), ("max_shard_size", max_shard_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
-    return WriteOptions(max_shard_size, keep, [Path(file) for file in include])
-
-
-@contextmanager
-def _held(unit: Unit) -> Iterator[None]:
-    unit.holds += 1
-    try:
-        unit.unshard()
-        yield
-    finally:
-        unit.holds -= 1
-        unit.reshard()
