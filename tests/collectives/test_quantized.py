@@ -56,7 +56,11 @@ def bounds(block, code):
 
 def node_of(group, memory):
     """Through what the ranks of a node read each other's blocks in this kind of memory, if they do."""
-    return group.node if isinstance(memory, HostMemory) else group.node_of(on_device(memory.put_tensor(torch.ones(1))))
+    return (
+        group.node
+        if isinstance(memory, HostMemory)
+        else group.node_of(on_device(memory.put_tensor(torch.ones(1))))
+    )
 
 
 def reduced(group, memory, full, ranges, packer, **options):
