@@ -25,6 +25,7 @@ from torch import Tensor
 
 from zerompi.errors import ZerompiError
 from zerompi.kernels.compiler import THREADS, launch
+from zerompi.kernels.norm import launch_sum_of_squares
 from zerompi.kernels.summation import SUM_KERNELS, SUM_SOURCE
 from zerompi.memory import HOST, DeviceArray, Flat, Reader, Space
 
@@ -400,6 +401,25 @@ def sum_in_order(summands: Sequence[DeviceArray], out: DeviceArray, scale: float
         np.float64(scale),
     )
     return True
+
+
+def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """The sum of squares of each 1-D tensor in device memory; the host waits once, for all.
+
+    What the stream of the tensors was given before is done first: that of torch.cuda; where the host fills
+    them, there is none.
+
+    Args:
+        tensors: float32, float16 or bfloat16, contiguous, at least one.
+    """
+    cupy = _cupy()
+    stream = _lane().stream
+    if tensors[0].is_cuda:
+        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+    with stream:
+        sums = [launch_sum_of_squares(as_cupy(tensor)) for tensor in tensors]
+        numbers: list[float] = cupy.concatenate(sums).get(stream=stream).tolist()
+    return numbers
 
 
 # -- memory for transports ---------------------------------------------------------------------

@@ -60,6 +60,7 @@ LAYERS = [
         "saved",
         "schedule",
         "optimizer",
+        "gradient_norms",
         "join",
         "meta",
         "generators",
