@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from zerompi.errors import ZerompiError
+from zerompi.kernels.adamw import Hyperparameters, Shard, launch_adamw
 from zerompi.kernels.compiler import THREADS, launch
 from zerompi.kernels.norm import launch_sum_of_squares
 from zerompi.kernels.summation import SUM_KERNELS, SUM_SOURCE
@@ -403,23 +404,38 @@ def sum_in_order(summands: Sequence[DeviceArray], out: DeviceArray, scale: float
     return True
 
 
-def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
-    """The sum of squares of each 1-D tensor in device memory; the host waits once, for all.
+@contextmanager
+def _beside(tensor: Tensor) -> Iterator[None]:
+    """Launch kernels on the stream of those who compute with the tensor.
 
-    What the stream of the tensors was given before is done first: that of torch.cuda; where the host fills
-    them, there is none.
+    Those are torch.cuda; or the host, which on return may read what the kernels have written.
+    """
+    if tensor.is_cuda:
+        _activate(tensor.device.index)
+        with _cupy().cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            yield
+        return
+    with _lane().stream as stream:
+        yield
+        stream.synchronize()
+
+
+def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """The sum of squares of each tensor; the host waits once, for all.
 
     Args:
-        tensors: float32, float16 or bfloat16, contiguous, at least one.
+        tensors: 1-D, in device memory, float32, float16 or bfloat16; at least one.
     """
-    cupy = _cupy()
-    stream = _lane().stream
-    if tensors[0].is_cuda:
-        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
-    with stream:
+    with _beside(tensors[0]):
         sums = [launch_sum_of_squares(as_cupy(tensor)) for tensor in tensors]
-        numbers: list[float] = cupy.concatenate(sums).get(stream=stream).tolist()
+        numbers: list[float] = _cupy().concatenate(sums).get().tolist()
     return numbers
+
+
+def step_adamw(tensors: tuple[Tensor, ...], hyper: Hyperparameters, step: int) -> None:
+    """A step of AdamW on 1-D float32 tensors in device memory, as `kernels.adamw.Shard` has them."""
+    with _beside(tensors[0]):
+        launch_adamw(Shard(*map(as_cupy, tensors)), hyper, step)
 
 
 # -- memory for transports ---------------------------------------------------------------------

@@ -28,15 +28,15 @@ def squares_on_device(gradients: Iterable[Tensor]) -> list[float] | None:
     for part in parts:
         if part.dtype not in _KERNEL_DTYPES or not part.is_contiguous() or not device.holds(part):
             return None
-    return device.sums_of_squares(_joined(parts))
+    return device.sums_of_squares(joined(parts))
 
 
-def _joined(parts: Sequence[Tensor]) -> list[Tensor]:
+def joined(parts: Sequence[Tensor]) -> list[Tensor]:
     """The same elements, 1-D; what is adjacent in one storage is one tensor."""
     flats: list[Tensor] = []
     for part in parts:
         flat = part.detach().view(-1)
-        if flats and _continues(flats[-1], flat):
+        if flats and continues(flats[-1], flat):
             numel = flats[-1].numel() + flat.numel()
             flats[-1] = flats[-1].as_strided((numel,), (1,))
         else:
@@ -44,7 +44,8 @@ def _joined(parts: Sequence[Tensor]) -> list[Tensor]:
     return flats
 
 
-def _continues(first: Tensor, second: Tensor) -> bool:
+def continues(first: Tensor, second: Tensor) -> bool:
+    """Whether `second` follows `first` in the same storage; both are contiguous."""
     storages = [tensor.untyped_storage().data_ptr() for tensor in (first, second)]
     return (
         first.dtype is second.dtype

@@ -81,23 +81,22 @@ def test_a_gradient_that_is_not_finite_is_named(comm, stage, bad):
             opt.step()
 
 
-def test_gradients_in_another_dtype_are_looked_at_by_torch(comm):
-    model, opt = build_on_device(CASES["mlp"])
+def test_gradients_in_another_dtype_are_looked_at_by_torch():
     tensors = [torch.ones(3, dtype=torch.float64)]
     assert gradient_norms.squares_on_device(tensors) is None
     assert gradient_norms.squares_on_device([torch.ones(3)]) is None
     assert gradient_norms.squares_on_device([torch.ones(0)]) == []
 
 
-def test_what_only_happens_to_be_adjacent_is_not_joined(comm):
+def test_what_only_happens_to_be_adjacent_is_notjoined(comm):
     memory = device.allocate(8, torch.float32, build_space())
-    whole = gradient_norms._joined([memory[:3], memory[3:8]])
+    whole = gradient_norms.joined([memory[:3], memory[3:8]])
     assert [part.numel() for part in whole] == [8]
-    with_gap = gradient_norms._joined([memory[:3], memory[4:8]])
+    with_gap = gradient_norms.joined([memory[:3], memory[4:8]])
     assert [part.numel() for part in with_gap] == [3, 4]
     first, second = (memory[a:b].detach() for a, b in ((0, 3), (3, 8)))
     other = torch.frombuffer((second.numpy()), dtype=torch.float32)  # a storage of its own
-    assert [part.numel() for part in gradient_norms._joined([first, other])] == [3, 5]
+    assert [part.numel() for part in gradient_norms.joined([first, other])] == [3, 5]
 
 
 def build_space():

@@ -61,6 +61,7 @@ LAYERS = [
         "schedule",
         "optimizer",
         "gradient_norms",
+        "adamw",
         "join",
         "meta",
         "generators",
