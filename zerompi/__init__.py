@@ -7,6 +7,7 @@ from zerompi import launch as _launch
 _launch.prepare_environment()
 
 from zerompi import autograd, collectives  # noqa: E402
+from zerompi.adamw import AdamW  # noqa: E402
 from zerompi.api import partition  # noqa: E402
 from zerompi.errors import (  # noqa: E402
     CheckpointError,
@@ -25,6 +26,7 @@ from zerompi.zero import Zero  # noqa: E402
 _launch.abort_on_exception()
 
 __all__ = [
+    "AdamW",
     "CheckpointError",
     "MismatchError",
     "MixedPrecision",

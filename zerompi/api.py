@@ -241,11 +241,6 @@ def _check_quantize(arguments: _Arguments) -> None:
             f"quantize: expected weights=None at stage {stage}, where parameters are not gathered, got "
             f"{quantize.weights!r}"
         )
-    if _space(arguments.model).is_device:
-        raise ValueError(
-            f"quantize: expected None with parameters on a device, got {quantize}: messages are "
-            "quantized on the host only"
-        )
 
 
 def _space(model: nn.Module) -> Space:

@@ -120,11 +120,16 @@ def copy_values(target: Flat, source: Flat) -> None:
         device.copy(target, source)
 
 
+def empty(like: Flat, numel: int, dtype: torch.dtype) -> Flat:
+    """New memory of the same kind, contents undefined."""
+    if isinstance(like, Tensor):
+        return torch.empty(numel, dtype=dtype)
+    return device.empty(like, numel, dtype)
+
+
 def empty_like(flat: Flat) -> Flat:
     """New memory of the same size, dtype and kind, contents undefined."""
-    if isinstance(flat, Tensor):
-        return torch.empty_like(flat)
-    return device.empty_like(flat)
+    return empty(flat, flat.numel(), flat.dtype)
 
 
 def host_bytes(tensor: Tensor) -> MPI.buffer:

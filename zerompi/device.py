@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from zerompi.errors import ZerompiError
+from zerompi.kernels.adamw import Hyperparameters, Shard, launch_adamw
 from zerompi.kernels.compiler import THREADS, launch
+from zerompi.kernels.norm import launch_sum_of_squares
 from zerompi.kernels.summation import SUM_KERNELS, SUM_SOURCE
-from zerompi.memory import HOST, DeviceArray, Reader, Space
+from zerompi.memory import HOST, DeviceArray, Flat, Reader, Space
 
 _DEVICE_MEMORY = 2  # cudaMemoryTypeDevice, hipMemoryTypeDevice
 _COPY = 4  # cudaMemcpyDefault: the addresses tell the direction
@@ -194,19 +196,20 @@ def allocate(numel: int, dtype: torch.dtype, space: Space) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8).view(dtype)
 
 
-def as_cupy(tensor: Tensor) -> Any:
-    """A CuPy array over the memory of a contiguous tensor; a dtype that CuPy lacks as unsigned integers."""
+def as_cupy(flat: Flat) -> Any:
+    """A CuPy array over contiguous memory; a dtype that CuPy lacks as unsigned integers."""
     cupy = _cupy()
     try:
-        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+        dtype = np.dtype(str(flat.dtype).removeprefix("torch."))
     except TypeError:
-        dtype = np.dtype(f"uint{8 * tensor.itemsize}")
-    if not tensor.numel():
-        return cupy.empty(tuple(tensor.shape), dtype)
-    if not holds(tensor):
-        raise ValueError(f"tensor: expected one in device memory, got one on {tensor.device}")
-    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.nbytes, tensor)
-    return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0))
+        dtype = np.dtype(f"uint{8 * flat.dtype.itemsize}")
+    shape = tuple(flat.shape) if isinstance(flat, Tensor) else (flat.numel(),)
+    if not flat.numel():
+        return cupy.empty(shape, dtype)
+    if isinstance(flat, Tensor) and not holds(flat):
+        raise ValueError(f"tensor: expected one in device memory, got one on {flat.device}")
+    memory = cupy.cuda.UnownedMemory(flat.data_ptr(), flat.nbytes, flat)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
 def as_torch(array: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -353,10 +356,10 @@ def hand_over() -> Handover | None:
 # -- inside an ordered context -----------------------------------------------------------------
 
 
-def empty_like(array: DeviceArray) -> DeviceArray:
-    """New memory of the same size and dtype, for this thread's lane."""
-    memory = _cupy().cuda.alloc(array.nbytes)
-    return DeviceArray(memory.ptr, array.numel(), array.dtype, memory, array.reader)
+def empty(like: DeviceArray, numel: int, dtype: torch.dtype) -> DeviceArray:
+    """New memory, for this thread's lane."""
+    memory = _cupy().cuda.alloc(numel * dtype.itemsize)
+    return DeviceArray(memory.ptr, numel, dtype, memory, like.reader)
 
 
 def copy(target: DeviceArray, source: DeviceArray) -> None:
@@ -399,6 +402,40 @@ def sum_in_order(summands: Sequence[DeviceArray], out: DeviceArray, scale: float
         np.float64(scale),
     )
     return True
+
+
+@contextmanager
+def _beside(tensor: Tensor) -> Iterator[None]:
+    """Launch kernels on the stream of those who compute with the tensor.
+
+    Those are torch.cuda; or the host, which on return may read what the kernels have written.
+    """
+    if tensor.is_cuda:
+        _activate(tensor.device.index)
+        with _cupy().cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            yield
+        return
+    with _lane().stream as stream:
+        yield
+        stream.synchronize()
+
+
+def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """The sum of squares of each tensor; the host waits once, for all.
+
+    Args:
+        tensors: 1-D, in device memory, float32, float16 or bfloat16; at least one.
+    """
+    with _beside(tensors[0]):
+        sums = [launch_sum_of_squares(as_cupy(tensor)) for tensor in tensors]
+        numbers: list[float] = _cupy().concatenate(sums).get().tolist()
+    return numbers
+
+
+def step_adamw(tensors: tuple[Tensor, ...], hyper: Hyperparameters, step: int) -> None:
+    """A step of AdamW on 1-D float32 tensors in device memory, as `kernels.adamw.Shard` has them."""
+    with _beside(tensors[0]):
+        launch_adamw(Shard(*map(as_cupy, tensors)), hyper, step)
 
 
 # -- memory for transports ---------------------------------------------------------------------

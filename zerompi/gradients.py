@@ -269,8 +269,10 @@ class Gradients:
             return
         reduced = self.reduced
         cast = [(i, piece) for i, piece in enumerate(segment.pieces) if _is_marker(piece.grad)]
+        wide = self._context.shard_group.allocate(reduced.numel(), segment.main_dtype)
+        wide.copy_(reduced)
         for i, piece in cast:
-            piece.grad = segment.part(reduced, i).to(segment.main_dtype)
+            piece.grad = segment.part(wide, i)
         try:
             yield
         finally:

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from zerompi.activity import progress
 from zerompi.context import Context
 from zerompi.errors import MismatchError, NonFiniteError, ZerompiError
+from zerompi.gradient_norms import is_finite, norm, power, squares_on_device
 from zerompi.placement import Placement
 from zerompi.precision import LossScaler
 from zerompi.report import storage_nbytes
@@ -171,12 +172,23 @@ class PieceOptimizer:
 
     def _faulty_parameters(self) -> list[str]:
         """The parameters of which this rank has a gradient that is not finite."""
+        squares = self._squares_on_device()
+        if squares is not None and all(map(math.isfinite, squares)):
+            return []
         return [
             name
             for segment in self.segments
             for name, gradient in segment.gradients.named()
-            if not _is_finite(gradient)
+            if not is_finite(gradient)
         ]
+
+    def _gradients(self) -> list[Tensor]:
+        return [g for segment in self.segments for g in segment.gradients.values()]
+
+    def _squares_on_device(self) -> list[float] | None:
+        """See `squares_on_device`; None on the host."""
+        is_device = self.context.shard_group.space.is_device
+        return squares_on_device(self._gradients()) if is_device else None
 
     def _describe(self, faulty: Sequence[str]) -> str:
         """Name all ranks' faulty parameters. Collective over the world."""
@@ -306,9 +318,7 @@ class PieceOptimizer:
             coefficient = 1.0  # as the gradients are, the step will tell which is at fault
         elif math.isnan(total):
             coefficient = math.nan
-        gradients = [
-            gradient for segment in self.segments for gradient in segment.gradients.values()
-        ]
+        gradients = self._gradients()
         if gradients and coefficient != 1.0:
             torch._foreach_mul_(gradients, coefficient)
         wide = any(s.main_dtype in (torch.float64, torch.complex128) for s in self.segments)
@@ -316,16 +326,13 @@ class PieceOptimizer:
 
     def _total_norm(self, norm_type: float) -> float:
         largest = math.isinf(norm_type)
-        norms = [
-            _norm(gradient, norm_type)
-            for segment in self.segments
-            for gradient in segment.gradients.values()
-            if gradient.numel()
-        ]
-        local = (
-            max(norms, default=0.0) if largest else math.fsum(_power(n, norm_type) for n in norms)
-        )
-        if any(math.isnan(norm) for norm in norms):
+        powers = None if largest or norm_type != 2.0 else self._squares_on_device()
+        if powers is None:
+            powers = [norm(g, norm_type) for g in self._gradients() if g.numel()]
+            if not largest:
+                powers = [power(n, norm_type) for n in powers]
+        local = max(powers, default=0.0) if largest else math.fsum(powers)
+        if any(math.isnan(number) for number in powers):
             local = math.nan
         self.context.world.agree("norm of the gradients")
         parts = [local]
@@ -333,27 +340,7 @@ class PieceOptimizer:
             parts = self.context.shard_group.comm.allgather(local)
         if any(math.isnan(part) for part in parts):
             return math.nan
-        return max(parts) if largest else _power(math.fsum(parts), 1.0 / norm_type)
-
-
-def _is_finite(gradient: Tensor) -> bool:
-    """Whether all elements are; a sum tells it in one pass, unless it overflows itself."""
-    total = gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32))
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(gradient).all())
-
-
-def _norm(gradient: Tensor, norm_type: float) -> float:
-    """The norm of one gradient, summed in float32 at least."""
-    real = gradient.abs() if gradient.is_complex() else gradient
-    dtype = torch.promote_types(real.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(real, norm_type, dtype=dtype))
-
-
-def _power(value: float, exponent: float) -> float:
-    try:
-        return float(value**exponent)
-    except OverflowError:
-        return math.inf
+        return max(parts) if largest else power(math.fsum(parts), 1.0 / norm_type)
 
 
 def _refuse_state_dict(optimizer: Optimizer) -> None:

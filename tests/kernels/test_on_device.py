@@ -92,6 +92,18 @@ def test_dequantize_sum_quantize(cupy, bits):
     assert_same_bits(out, expected)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_quantization_error(cupy, bits):
+    values = samples(4)
+    packed = quantized(values, bits)
+    expected = np.empty_like(values)
+    quantization.quantization_error(values, packed, expected, bits, BLOCK)
+    out = cupy.empty_like(cupy.asarray(values))
+    arrays = (cupy.asarray(values), cupy.asarray(packed), out)
+    quantization_on_device.launch_quantization_error(*arrays, bits, BLOCK)
+    assert_same_bits(out, expected)
+
+
 @pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(

@@ -232,3 +232,41 @@ def test_a_sum_of_nothing_is_refused():
 def test_a_size_that_no_number_of_values_has_is_refused():
     with pytest.raises(ValueError, match="nbytes: expected the size of a packed form, got 11"):
         packed_numel(11, 8, 4)
+
+
+# -- what is lost ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("n", [1, 98, 20_001])
+def test_the_error_and_what_arrives_add_up_to_the_values(bits, n):
+    values = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+    packed = quantized(values, bits, 32)
+    error = np.full(n, np.nan, np.float32)
+    quantization.quantization_error(values, packed, error, bits, 32)
+    assert_same_bits(error, values - dequantized(packed, n, bits, 32))
+    quantization.quantization_error(values, packed, values, bits, 32)  # in place
+    assert_same_bits(values, error)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_the_error_of_a_block_that_is_not_finite_is_zero(bad):
+    values = np.linspace(-1, 1, 96, dtype=np.float32)
+    values[40] = bad
+    error = np.empty(96, np.float32)
+    quantization.quantization_error(values, quantized(values, 4, 32), error, 4, 32)
+    assert np.flatnonzero(error[32:64]).size == 0
+    assert np.flatnonzero(error[:32]).size > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "out", "error", "message"),
+    [
+        (np.zeros(8, np.float16), np.zeros(8, np.float32), TypeError, "values: expected float32"),
+        (np.zeros(8, np.float32), np.zeros(8, np.uint16), TypeError, "out: expected float32"),
+        (np.zeros(8, np.float32), np.zeros(9, np.float32), ValueError, "out: expected shape"),
+    ],
+)
+def test_an_error_of_other_arrays_is_refused(values, out, error, message):
+    with pytest.raises(error, match=message):
+        quantization.quantization_error(values, np.zeros(12, np.uint8), out, 8, 32)

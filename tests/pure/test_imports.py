@@ -60,6 +60,8 @@ LAYERS = [
         "saved",
         "schedule",
         "optimizer",
+        "gradient_norms",
+        "adamw",
         "join",
         "meta",
         "generators",

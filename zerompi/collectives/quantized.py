@@ -12,28 +12,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zerompi.arrays import host_bytes
+from zerompi import device
+from zerompi.arrays import empty, empty_like, host_bytes
 from zerompi.collectives.all_gather import Ranges, gather_blocks, gather_from_nodes
 from zerompi.collectives.buffer import allocate
 from zerompi.collectives.group import Group
+from zerompi.collectives.lane import on_any_memory
+from zerompi.collectives.node import Node
 from zerompi.collectives.reduce_scatter import reduce_blocks, staged_rows
 from zerompi.collectives.staging import chunk_numel
 from zerompi.collectives.summation import sum_in_order
-from zerompi.kernels.quantization import (
-    dequantize_sum,
-    dequantize_sum_quantize,
-    packed_nbytes,
-    quantize,
-)
+from zerompi.kernels import quantization as on_host
+from zerompi.kernels import quantization_on_device as on_device
+from zerompi.kernels.casting import launch_cast
+from zerompi.memory import DeviceArray, Flat
 from zerompi.topology import Topology
 
 QUANTIZED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NUMPY_DTYPES = {
+    torch.uint8: np.uint8,
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.bfloat16: np.uint16,
+}
 
 _ALIGNMENT = 64  # of packed blocks in memory, in bytes
 _CHUNK_NUMEL = 1 << 18  # of each block that is reduced at a time
@@ -48,40 +55,52 @@ class Code(NamedTuple):
 
     def nbytes(self, numel: int) -> int:
         """Bytes of `numel` numbers that are packed together."""
-        return packed_nbytes(numel, self.bits, self.block)
+        return on_host.packed_nbytes(numel, self.bits, self.block)
 
-    def pack(self, values: Tensor, packed: Tensor) -> None:
+    def pack(self, values: Flat, packed: Flat) -> None:
         """Quantize 1-D `values` of one of QUANTIZED_DTYPES into `packed`, uint8."""
         if values.numel():
-            wide = values.to(torch.float32)
-            quantize(_array(wide), _array(packed), *self)
+            run = on_device.launch_quantize if _is_device(values) else on_host.quantize
+            run(_array(values), _array(packed), *self)
 
-    def unpack(self, packed: Tensor, out: Tensor) -> None:
+    def unpack(self, packed: Flat, out: Flat) -> None:
         """The reverse of `pack`; `out` is overwritten."""
         self.total([packed], out)
 
-    def total(self, summands: Sequence[Tensor], out: Tensor) -> None:
+    def total(self, summands: Sequence[Flat], out: Flat) -> None:
         """`out` = the sum of packed `summands`, added in float32 from the first to the last."""
         if out.numel():
-            is_wide = out.dtype is torch.float32
-            wide = out if is_wide else torch.empty_like(out, dtype=torch.float32)
-            dequantize_sum([_array(summand) for summand in summands], _array(wide), *self)
-            if not is_wide:
-                out.copy_(wide)
+            run = on_device.launch_dequantize_sum if _is_device(out) else on_host.dequantize_sum
+            run([_array(summand) for summand in summands], _array(out), *self)
 
-    def packed_total(self, summands: Sequence[Tensor]) -> Tensor:
+    def packed_total(self, summands: Sequence[Flat]) -> Flat:
         """The same sum, packed again."""
-        packed = torch.empty_like(summands[0])
+        packed = empty_like(summands[0])
         if packed.numel():
-            arrays = [_array(summand) for summand in summands]
-            dequantize_sum_quantize(arrays, _array(packed), *self)
+            run = on_host.dequantize_sum_quantize
+            if _is_device(packed):
+                run = on_device.launch_dequantize_sum_quantize
+            run([_array(summand) for summand in summands], _array(packed), *self)
         return packed
 
+    def lost(self, values: Flat, packed: Flat, out: Flat) -> None:
+        """`out` = what float32 `values` lose when they are `packed`; zero where that is not finite."""
+        if values.numel():
+            run = on_device.launch_quantization_error
+            if not _is_device(values):
+                run = on_host.quantization_error
+            run(_array(values), _array(packed), _array(out), *self)
 
-def _array(tensor: Tensor) -> Any:
-    """A NumPy array over the memory of a contiguous tensor, float32 or uint8; it does not keep it alive."""
-    dtype = np.float32 if tensor.dtype is torch.float32 else np.uint8
-    return np.frombuffer(host_bytes(tensor).cast("B"), dtype=dtype)
+
+def _is_device(flat: Flat) -> bool:
+    return isinstance(flat, DeviceArray)
+
+
+def _array(flat: Flat) -> Any:
+    """A NumPy or CuPy array over contiguous memory, which it does not keep alive; bfloat16 as uint16."""
+    if isinstance(flat, DeviceArray):
+        return device.as_cupy(flat)
+    return np.frombuffer(host_bytes(flat).cast("B"), dtype=_NUMPY_DTYPES[flat.dtype])
 
 
 class Packer:
@@ -101,32 +120,33 @@ class Packer:
         self.code = code
         self.nbytes = 0
         self.error_feedback = error_feedback
-        self._residuals: dict[tuple[int, int, int], Tensor] = {}
+        self._residuals: dict[tuple[int, int, int], Flat] = {}
 
-    def pack(self, values: Tensor, place: tuple[int, int, int]) -> Tensor:
+    def pack(self, values: Flat, place: tuple[int, int, int]) -> Flat:
         """Quantize 1-D float32 `values`, which are left as they are; `place` says which they are."""
-        packed = torch.empty(self.code.nbytes(values.numel()), dtype=torch.uint8)
+        packed = empty(values, self.code.nbytes(values.numel()), torch.uint8)
         if not self.error_feedback:
             self.code.pack(values, packed)
             return packed
         residual = self._residuals.get(place)
         if residual is None:
-            residual = self._residuals[place] = allocate(values.numel(), torch.float32)
+            residual = self._residuals[place] = _lasting(values, values.numel(), torch.float32)
             self.nbytes += residual.nbytes
         else:
-            values = values + residual
+            corrected = empty_like(values)
+            sum_in_order([values, residual], corrected, 1.0)
+            values = corrected
         self.code.pack(values, packed)
-        self.code.unpack(packed, residual)
-        torch.sub(values, residual, out=residual).nan_to_num_(0.0, 0.0, 0.0)
+        self.code.lost(values, packed, residual)
         return packed
 
-    def add(self, summands: Sequence[Tensor], numel: int, place: tuple[int, int, int]) -> Tensor:
+    def add(self, summands: Sequence[Flat], numel: int, place: tuple[int, int, int]) -> Flat:
         """The sum of packed `summands` of `numel` elements, packed again."""
         if len(summands) == 1:
             return summands[0]
         if not self.error_feedback:
             return self.code.packed_total(summands)
-        total = torch.empty(numel)
+        total = empty(summands[0], numel, torch.float32)
         self.code.total(summands, total)
         return self.pack(total, place)
 
@@ -137,11 +157,19 @@ class Packer:
         return nbytes
 
 
+def _lasting(like: Flat, numel: int, dtype: torch.dtype) -> Flat:
+    """Memory of the kind of `like` that is large, or kept for long."""
+    if isinstance(like, DeviceArray):
+        return empty(like, numel, dtype)
+    return allocate(numel, dtype)
+
+
 # -- all-gather --------------------------------------------------------------------------------
 
 
+@on_any_memory
 def gather_blocks_quantized(
-    full: Tensor, ranges: Ranges, group: Group, code: Code, *, label: str = "all_gather"
+    full: Flat, ranges: Ranges, group: Group, code: Code, *, label: str = "all_gather"
 ) -> None:
     """Fill `full` with the quantized blocks of all ranks. Collective, unchecked.
 
@@ -190,7 +218,7 @@ def gather_node_copies_quantized(
     node = topology.node_of[rank]
     handled = [o for o in range(group.size) if topology.delegate(node, o) == rank]
     unpacked: list[list[Tensor]] = []
-    packed: list[list[Tensor]] = []
+    packed: list[list[Flat]] = []
     for full, ranges in copies:
         blocks = [full[slice(*ranges[topology.shard_index(o)])] for o in range(group.size)]
         memory, places = _packed_memory(blocks, handled, code)
@@ -205,8 +233,8 @@ def gather_node_copies_quantized(
 
 
 def _packed_memory(
-    blocks: Sequence[Tensor], wanted: Iterable[int], code: Code
-) -> tuple[Tensor, list[tuple[int, int]]]:
+    blocks: Sequence[Flat], wanted: Iterable[int], code: Code
+) -> tuple[Flat, list[tuple[int, int]]]:
     """Memory for packed blocks, and where each begins and stops in it; those not wanted have none."""
     sizes = dict.fromkeys(range(len(blocks)), 0)
     sizes.update({number: code.nbytes(blocks[number].numel()) for number in wanted})
@@ -214,22 +242,23 @@ def _packed_memory(
     for nbytes in sizes.values():
         places.append((offset, offset + nbytes))
         offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    return allocate(offset, torch.uint8), places
+    return _lasting(blocks[0], offset, torch.uint8), places
 
 
 # -- reduce-scatter ----------------------------------------------------------------------------
 
 
+@on_any_memory
 def reduce_blocks_quantized(
-    full: Tensor,
-    out: Tensor,
+    full: Flat,
+    out: Flat,
     ranges: Ranges,
     group: Group,
     packer: Packer,
     *,
     scale: float = 1.0,
     label: str = "reduce_scatter",
-    peers: Sequence[Tensor] | None = None,
+    peers: Sequence[Flat] | None = None,
 ) -> None:
     """`out` = `scale` times the sum over ranks of this rank's block, sent quantized. Collective, unchecked.
 
@@ -251,7 +280,7 @@ def reduce_blocks_quantized(
         label: under which the bytes are counted.
         peers: see `reduce_blocks`.
     """
-    node, topology = group.node, group.topology
+    node, topology = group.node_of(full), group.topology
     if group.size == 1 or (node is not None and topology.is_single_node):
         reduce_blocks(full, out, ranges, group, scale=scale, label=label, peers=peers)
         return
@@ -266,45 +295,64 @@ def reduce_blocks_quantized(
     for start in range(0, longest, chunk):
         parts = [[block[start : start + chunk] for block in row] for row in rows]
         if node is None:
-            summands = {o: part.to(torch.float32) for o, part in enumerate(parts[0])}
-            if scale != 1.0:
-                summands = {o: part * scale for o, part in summands.items()}
+            summands = {o: _scaled(part, scale) for o, part in enumerate(parts[0])}
         else:
-            summands = _sums_in_node(parts, peers is not None, group, scale, label)
+            staging = node if peers is None else None
+            summands = _sums_in_node(parts, staging, group, scale, label)
         _sum_by_steps(summands, out[start : start + chunk], steps, group, packer, start, label)
     if node is not None and number is not None:
         node.fence.finish(number)
 
 
+def _scaled(values: Flat, scale: float) -> Flat:
+    """`scale` times the values in float32; perhaps the same memory."""
+    wide = _widened(values)
+    if scale == 1.0:
+        return wide
+    out = empty_like(wide)
+    sum_in_order([wide], out, scale)
+    return out
+
+
+def _widened(values: Flat) -> Flat:
+    """The values in float32; the same memory if they are."""
+    if isinstance(values, Tensor):
+        return values.to(torch.float32)
+    if values.dtype is torch.float32:
+        return values
+    wide = device.empty(values, values.numel(), torch.float32)
+    launch_cast(_array(values), _array(wide))
+    return wide
+
+
 def _sums_in_node(
-    rows: Sequence[Sequence[Tensor]], is_readable: bool, group: Group, scale: float, label: str
-) -> dict[int, Tensor]:
+    rows: Sequence[Sequence[Flat]], staging: Node | None, group: Group, scale: float, label: str
+) -> dict[int, Flat]:
     """Of each owner that this rank is the delegate for, `scale` times the sum of this node; float32.
 
     Args:
         rows: of each rank of the node, its part of each owner's block, if the ranks can read each
-            other's; else of this rank only, and they pass through staging memory.
-        is_readable: whether they can.
-        group: the ranks; with shared memory.
+            other's; else of this rank only.
+        staging: through which the rows of this rank pass then, else None.
+        group: the ranks; some of them on one node.
         scale: applied in the accumulator.
         label: under which the bytes are counted.
     """
     topology, rank = group.topology, group.rank
-    node = topology.node_of[rank]
-    mine = [owner for owner in range(group.size) if topology.delegate(node, owner) == rank]
-    sums = {owner: torch.empty_like(rows[0][owner]) for owner in mine}
+    number = topology.node_of[rank]
+    mine = [owner for owner in range(group.size) if topology.delegate(number, owner) == rank]
+    sums = {owner: empty_like(rows[0][owner]) for owner in mine}
     longest = max(part.numel() for part in rows[0])
-    size = longest if is_readable else chunk_numel(group.size, rows[0][0].dtype)
+    size = longest if staging is None else chunk_numel(group.size, rows[0][0].dtype)
     for start in range(0, longest, size or 1):
         parts = [[part[start : start + size] for part in row] for row in rows]
-        if not is_readable:
-            assert group.node is not None
-            parts = cast("list[list[Tensor]]", staged_rows(group.node, parts[0], group))
+        if staging is not None:
+            parts = staged_rows(staging, parts[0], group)
         for owner in mine:
             summands = [row[owner] for row in parts]
             sum_in_order(summands, sums[owner][start : start + size], scale)
             group.count_shared(label, (len(summands) - 1) * summands[0].nbytes)
-    return {owner: total.to(torch.float32) for owner, total in sums.items()}
+    return {owner: _widened(total) for owner, total in sums.items()}
 
 
 class _Step(NamedTuple):
@@ -343,8 +391,8 @@ def _steps(topology: Topology, rank: int, is_flat: bool, is_shared: bool) -> lis
 
 
 def _sum_by_steps(
-    summands: Mapping[int, Tensor],
-    out: Tensor,
+    summands: Mapping[int, Flat],
+    out: Flat,
     steps: Sequence[_Step],
     group: Group,
     packer: Packer,
@@ -376,12 +424,12 @@ def _sum_by_steps(
 
 
 def _exchange(
-    packed: Mapping[int, Tensor], step: _Step, group: Group, label: str
-) -> dict[int, list[Tensor]]:
+    packed: Mapping[int, Flat], step: _Step, group: Group, label: str
+) -> dict[int, list[Flat]]:
     """Send each packed summand to who collects it; return, by owner, all that this rank collects."""
     rank = group.rank
     received = {
-        owner: [packed[owner] if s == rank else torch.empty_like(packed[owner]) for s in sources]
+        owner: [packed[owner] if s == rank else empty_like(packed[owner]) for s in sources]
         for owner, sources in step.sources.items()
     }
     group.exchange(

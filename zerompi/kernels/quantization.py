@@ -139,6 +139,24 @@ def dequantize_sum_quantize(
             _quantize_piece(part, piece, target, work, bits)
 
 
+def quantization_error(values: Array, packed: Array, out: Array, bits: int, block: int) -> None:
+    """`out` = float32 `values` less what `packed` stands for; zero where that is not finite.
+
+    `out` may be `values`. Raises as `quantize` does.
+    """
+    check_error_arrays(values, packed, out, bits, block)
+    source = _fields(packed, values.size, block)
+    work, arrived = np.empty((2, _chunk_size(values.size, block)), np.float32)
+    with np.errstate(all="ignore"):
+        for piece in _pieces(values.size, block):
+            part = arrived[: piece.rows * piece.width]
+            _sum_piece([source], part, piece, work, bits, np.float32(1))
+            error = np.subtract(values[piece.values], part, out=out[piece.values])
+            is_lost = ~np.isfinite(error)
+            if is_lost.any():
+                error[is_lost] = 0
+
+
 # -- the packed form ---------------------------------------------------------------------------
 
 
@@ -180,6 +198,17 @@ def check_packed_list(packed_list: Sequence[Any], n: int, bits: int, block: int)
         raise ValueError("packed_list: expected at least one array, got none")
     for index, packed in enumerate(packed_list):
         check_packed(f"packed_list[{index}]", packed, n, bits, block)
+
+
+def check_error_arrays(values: Any, packed: Any, out: Any, bits: int, block: int) -> None:
+    """Refuse what `quantization_error` cannot work on."""
+    for name, array in (("values", values), ("out", out)):
+        require_flat(name, array)
+        if array.dtype != np.float32:
+            raise TypeError(f"{name}: expected float32, got {array.dtype}")
+    if out.shape != values.shape:
+        raise ValueError(f"out: expected shape {values.shape}, got {out.shape}")
+    check_packed("packed", packed, values.size, bits, block)
 
 
 def _fields(packed: Array, n: int, block: int) -> _Fields:

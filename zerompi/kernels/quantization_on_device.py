@@ -14,7 +14,12 @@ import numpy as np
 
 from zerompi.kernels.casting import CONVERSIONS, NAMES, require_flat
 from zerompi.kernels.compiler import THREADS, addresses, launch, to_device
-from zerompi.kernels.quantization import check_packed, check_packed_list, packed_numel
+from zerompi.kernels.quantization import (
+    check_error_arrays,
+    check_packed,
+    check_packed_list,
+    packed_numel,
+)
 
 _WARPS = THREADS // 32  # in a block of threads
 
@@ -145,6 +150,23 @@ __device__ __forceinline__ void dequantize(Sum<BITS> source, T* out, int64 n, in
     }
 }
 
+// `source` is one packed array.
+template <int BITS>
+__device__ __forceinline__ void subtract(
+    const float* values, Sum<BITS> source, float* out, int64 n, int64 block
+) {
+    for (int64 b = first_index() / 32; b < source.blocks; b += stride() / 32) {
+        const int64 stop = min((b + 1) * block, n);
+        for (int64 i = b * block + 2 * (threadIdx.x % 32); i < stop; i += 64) {
+            const bool both = i + 1 < stop;
+            Pair pair = source.pair(i, b, both);
+            float low = values[i] - pair.x, high = both ? values[i + 1] - pair.y : 0.0f;
+            out[i] = magnitude(low) < 0x7f800000 ? low : 0.0f;
+            if (both) out[i + 1] = magnitude(high) < 0x7f800000 ? high : 0.0f;
+        }
+    }
+}
+
 #define TO_AND_FROM(BITS, NAME, T)                                                          \
     extern "C" __global__ void quantize_##NAME##_##BITS(                                    \
         const T* values, byte* packed, int64 n, int64 block                                 \
@@ -166,6 +188,13 @@ __device__ __forceinline__ void dequantize(Sum<BITS> source, T* out, int64 n, in
     ) {                                                                                     \
         Sum<BITS> sum = {packed, count, (n + block - 1) / block, factor};                    \
         quantize<BITS>(sum, out, n, block);                                                 \
+    }                                                                                       \
+    extern "C" __global__ void subtract_##BITS(                                             \
+        const byte* const* packed, int count, float factor, const float* values, float* out, \
+        int64 n, int64 block                                                                \
+    ) {                                                                                     \
+        Sum<BITS> sum = {packed, count, (n + block - 1) / block, factor};                    \
+        subtract(values, sum, out, n, block);                                               \
     }
 
 FORMAT(8)
@@ -205,6 +234,13 @@ def launch_dequantize_sum_quantize(
     check_packed("packed_out", packed_out, n, bits, block)
     check_packed_list(packed_list, n, bits, block)
     _launch(f"requantize_{bits}", n, block, *_summands(packed_list, scale), packed_out)
+
+
+def launch_quantization_error(values: Any, packed: Any, out: Any, bits: int, block: int) -> None:
+    """`quantization_error` of CuPy arrays."""
+    check_error_arrays(values, packed, out, bits, block)
+    summands = _summands([packed], 1.0)
+    _launch(f"subtract_{bits}", values.size, block, *summands, values, out)
 
 
 def _summands(packed_list: Sequence[Any], scale: float) -> tuple[Any, np.int32, np.float32]:

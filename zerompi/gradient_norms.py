@@ -1,0 +1,75 @@
+"""Norms of gradients, and whether they are finite.
+
+On the host piece by piece. On a device that would be a launch and a wait for each piece: there pieces
+that follow each other in memory are taken together, and the host waits once for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from zerompi import device
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def squares_on_device(gradients: Iterable[Tensor]) -> list[float] | None:
+    """Sums of squares, in float64, whose sum is that of all gradients; not finite if one is not.
+
+    None if a kernel is lacking: for another dtype, or a gradient that is not contiguous or not on the device.
+    """
+    parts = [gradient for gradient in gradients if gradient.numel()]
+    if not parts:
+        return []
+    for part in parts:
+        if part.dtype not in _KERNEL_DTYPES or not part.is_contiguous() or not device.holds(part):
+            return None
+    return device.sums_of_squares(joined(parts))
+
+
+def joined(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The same elements, 1-D; what is adjacent in one storage is one tensor."""
+    flats: list[Tensor] = []
+    for part in parts:
+        flat = part.detach().view(-1)
+        if flats and continues(flats[-1], flat):
+            numel = flats[-1].numel() + flat.numel()
+            flats[-1] = flats[-1].as_strided((numel,), (1,))
+        else:
+            flats.append(flat)
+    return flats
+
+
+def continues(first: Tensor, second: Tensor) -> bool:
+    """Whether `second` follows `first` in the same storage; both are contiguous."""
+    storages = [tensor.untyped_storage().data_ptr() for tensor in (first, second)]
+    return (
+        first.dtype is second.dtype
+        and storages[0] == storages[1]
+        and first.data_ptr() + first.nbytes == second.data_ptr()
+    )
+
+
+def is_finite(gradient: Tensor) -> bool:
+    """Whether all elements are; a sum tells it in one pass, unless it overflows itself."""
+    total = gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(gradient).all())
+
+
+def norm(gradient: Tensor, norm_type: float) -> float:
+    """The norm of one gradient, summed in float32 at least."""
+    real = gradient.abs() if gradient.is_complex() else gradient
+    dtype = torch.promote_types(real.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(real, norm_type, dtype=dtype))
+
+
+def power(value: float, exponent: float) -> float:
+    """`value` to the power of `exponent`; infinite where that is too large."""
+    try:
+        return float(value**exponent)
+    except OverflowError:
+        return math.inf
