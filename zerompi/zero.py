@@ -36,6 +36,7 @@ from zerompi.join import Follower, Stateful
 from zerompi.optimizer import PieceOptimizer
 from zerompi.placement import Placement
 from zerompi.report import Report
+from zerompi.schedule import Refreshes
 from zerompi.segment import Context
 from zerompi.unit import Unit
 
@@ -67,8 +68,11 @@ class Zero:
         self._aliases = states.aliases(model, units)
         self._state_keys = list(model.state_dict(keep_vars=True))
         self._uninitialised = without_values
-        self._optimizer = PieceOptimizer(optimizer, units, context, scaler)
-        self._hooks = Hooks(model, units, context, scaler)
+        refreshes = Refreshes(units, context)
+        self._optimizer = PieceOptimizer(
+            optimizer, units, context, scaler, refreshes, self._end_of_step
+        )
+        self._hooks = Hooks(model, units, context, scaler, refreshes)
         self._hooks.buffers.synchronise()
         self._guards = [
             model.register_forward_pre_hook(self._refuse_uninitialised, prepend=True),
@@ -84,8 +88,6 @@ class Zero:
         self._zero_grad = model.zero_grad
         model.zero_grad = self._zero_grad_of_pieces  # type: ignore[method-assign]
         registry.register((entry.name, entry.parameter) for entry in states.entries(units))
-        if optimizer is not None:
-            self._guards.append(optimizer.register_step_post_hook(self._end_of_step))
         self._saves = BackgroundSaves(context.world.comm, context.memory)
         self._skipped: list[str] = []
         self._closed = False
@@ -567,7 +569,7 @@ class Zero:
             time=self._step_times,
         )
 
-    def _end_of_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _end_of_step(self) -> None:
         self._num_steps += 1
         progress.step, progress.phase = self._num_steps, "after the optimizer step"
         self._hooks.release_kept()
@@ -596,6 +598,7 @@ class Zero:
             )
 
     def _refuse_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self._hooks.refreshes.finish()
         if any(unit.is_hidden for unit in self._units_of(module)):
             raise ZerompiError(
                 "model.state_dict() of a partitioned model: the parameters are not here; use "
@@ -603,6 +606,7 @@ class Zero:
             )
 
     def _refuse_load_state_dict(self, *args: Any) -> None:
+        self._hooks.refreshes.finish()
         separate = any(
             segment.main_dtype is not segment.dtype
             for unit in self._units

@@ -33,7 +33,17 @@ LAYERS = [
     },
     {"collectives"},
     {"autograd", "precision", "quantize", "units"},
-    {"attendance", "regions", "segment", "gather", "unit", "place", "buffers", "registry"},
+    {
+        "attendance",
+        "regions",
+        "segment",
+        "gather",
+        "refresh",
+        "unit",
+        "place",
+        "buffers",
+        "registry",
+    },
     {
         "hooks",
         "saved",
