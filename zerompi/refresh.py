@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from zerompi.segment import Context
+from zerompi.context import Context
 
 if TYPE_CHECKING:
     from zerompi.unit import Unit

@@ -29,6 +29,7 @@ from zerompi.checkpoint import (
     snapshot,
     write_checkpoint,
 )
+from zerompi.context import Context
 from zerompi.errors import ZerompiError
 from zerompi.generators import generator_states
 from zerompi.hooks import Hooks
@@ -37,7 +38,6 @@ from zerompi.optimizer import PieceOptimizer
 from zerompi.placement import Placement
 from zerompi.report import Report
 from zerompi.schedule import Refreshes
-from zerompi.segment import Context
 from zerompi.unit import Unit
 
 _DEFAULTS = WriteOptions()
