@@ -25,6 +25,7 @@ from zerompi.place import place
 from zerompi.placement import STAGES, Placement
 from zerompi.precision import MixedPrecision, NonFinite
 from zerompi.quantize import Quantize
+from zerompi.refresh import RefreshTime
 from zerompi.registry import is_partitioned
 from zerompi.topology import Topology
 from zerompi.unit import Unit
@@ -45,6 +46,7 @@ class _Arguments:
     node_cache: bool
     quantize: Quantize | None
     nonfinite: NonFinite
+    refresh: RefreshTime
 
 
 def partition(
@@ -59,6 +61,7 @@ def partition(
     node_cache: bool = False,
     quantize: Quantize | None = None,
     nonfinite: NonFinite = "raise",
+    refresh: RefreshTime = "eager",
     topology: Topology | None = None,
 ) -> Zero:
     """Partition a model and its optimizer over the ranks of `comm`.
@@ -85,6 +88,10 @@ def partition(
         nonfinite: what `optimizer.step()` does if a gradient of any rank is NaN or infinite: "raise"
             NonFiniteError on all ranks, which names the parameters; "skip" the step on all ranks, and log the
             names; "ignore" it, and step. What a dynamic loss scale above 1 explains is skipped.
+        refresh: at stages 1 and 2, when the parameters that other ranks have stepped come, where they have to
+            be sent (between nodes, or without shared memory). "eager": before `optimizer.step()` returns.
+            "ahead": beside the next forward, in which each unit waits for its own; until then they read as
+            NaN outside of the model's forward, as parameters do at stage 3, except inside `gathered`.
         topology: override of the discovered node layout.
 
     Raises:
@@ -108,6 +115,7 @@ def partition(
         node_cache,
         quantize,
         nonfinite,
+        refresh,
     )
     try:
         plans = _agree(arguments, world)
@@ -135,6 +143,7 @@ def partition(
         quantize,
         thread,
         nonfinite=nonfinite,
+        refreshes_ahead=refresh == "ahead",
     )
     landed = meta.land(model, world.space.device)
     made = [Unit(plan, context) for plan in plans]
@@ -214,6 +223,8 @@ def _check(arguments: _Arguments, world: Group) -> None:
         raise ValueError(
             f"nonfinite: expected 'raise', 'skip' or 'ignore', got {arguments.nonfinite!r}"
         )
+    if arguments.refresh not in get_args(RefreshTime):
+        raise ValueError(f"refresh: expected 'eager' or 'ahead', got {arguments.refresh!r}")
     if arguments.node_cache and STAGES[arguments.stage].parameter is Placement.REPLICATE:
         raise ValueError(
             f"node_cache: expected False at stage {arguments.stage}, where parameters are not gathered, "
@@ -287,7 +298,7 @@ def _description(arguments: _Arguments, plans: Sequence[UnitPlan]) -> list[str]:
     lines = [
         f"stage {arguments.stage}, shard_ranks {arguments.shard_ranks}, "
         f"node_cache {arguments.node_cache}, nonfinite {arguments.nonfinite}, "
-        f"{arguments.mixed_precision}"
+        f"refresh {arguments.refresh}, {arguments.mixed_precision}"
         f", quantize {arguments.quantize}"
     ]
     for plan in plans:

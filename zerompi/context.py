@@ -32,6 +32,7 @@ class Context:
         ahead: what was gathered before anybody needed it.
         is_shared: whether the full parameters, while they are there, are there once for a node.
         nonfinite: what a step does whose gradient is not finite.
+        refreshes_ahead: whether a unit waits for its refresh where it is used, not where it is stepped.
         attendance: which ranks take part, inside `join`.
     """
 
@@ -52,6 +53,7 @@ class Context:
     memory: MemoryLedger = field(default_factory=MemoryLedger)
     times: PhaseTimes = field(default_factory=PhaseTimes)
     nonfinite: NonFinite = "raise"
+    refreshes_ahead: bool = False
     attendance: Attendance = field(init=False)
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ class Guards:
             )
 
     def _refuse_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self._parts.hooks.refreshes.finish()
         if any(unit.is_hidden for unit in self._parts.units_of(module)):
             raise ZerompiError(
                 "model.state_dict() of a partitioned model: the parameters are not here; use "
@@ -53,6 +54,7 @@ class Guards:
             )
 
     def _refuse_load_state_dict(self, *args: Any) -> None:
+        self._parts.hooks.refreshes.finish()
         segments = [segment for unit in self._parts.units for segment in unit.segments]
         if (
             any(s.main_dtype is not s.dtype or s.is_node_copy for s in segments)

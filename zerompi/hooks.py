@@ -32,9 +32,9 @@ from zerompi.errors import ZerompiError
 from zerompi.nested import iter_tensors, map_arguments, map_tensors
 from zerompi.precision import LossScaler
 from zerompi.saved import SavedParameters
-from zerompi.schedule import Accumulation, Gathers, Reductions
+from zerompi.schedule import Accumulation, Gathers, Reductions, Refreshes
 from zerompi.segment import Segment
-from zerompi.unit import Unit, UnitState
+from zerompi.unit import Unit
 
 
 def in_backward() -> bool:
@@ -51,6 +51,7 @@ class Hooks:
         units: Sequence[Unit],
         context: Context,
         scaler: LossScaler | None,
+        refreshes: Refreshes,
     ) -> None:
         self.model = model
         self.units = units
@@ -59,6 +60,7 @@ class Hooks:
         self.accumulation = Accumulation(context)
         self.gathers = Gathers(context)
         self.reductions = Reductions(units, context)
+        self.refreshes = refreshes
         self.buffers = ModuleBuffers(model, context.world, context.attendance)
         self._sharded = not all(unit.is_resident for unit in units)
         self._end_is_queued = False
@@ -75,6 +77,8 @@ class Hooks:
             self._register(unit)
         if self._sharded:
             self._watch_modules()
+        if refreshes.are_ahead:
+            self._watch_uses()
 
     def _register(self, unit: Unit) -> None:
         for segment in unit.trainable:
@@ -111,6 +115,24 @@ class Hooks:
             yield
         finally:
             saved.pop()
+
+    def _watch_uses(self) -> None:
+        """Let every module that reads parameters wait until they are refreshed."""
+        unit_of = {unit.module: unit for unit in self.units}
+        for module in self.model.modules():
+            used = [self._owner[id(p)] for p in module._parameters.values() if p is not None]
+            if module in unit_of:
+                used.append(unit_of[module])
+            if used:
+                self._handles.append(
+                    module.register_forward_pre_hook(
+                        partial(self._before_read, tuple(dict.fromkeys(used))), prepend=True
+                    )
+                )
+
+    def _before_read(self, units: Sequence[Unit], module: nn.Module, args: tuple[Any, ...]) -> None:
+        for unit in units:
+            self.refreshes.use(unit)
 
     def _watch_modules(self) -> None:
         """Notice modules that are called while their parameters are not here."""
@@ -220,7 +242,10 @@ class Hooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not in_backward():
             progress.phase = "forward"
-            if any(unit.is_hidden for unit in self.units):
+            if self.refreshes.are_pending:
+                if self.model.training and self.buffers.changed():
+                    self.context.settle()  # these are sent at once
+            elif any(unit.is_hidden for unit in self.units):
                 self.gathers.begin(with_grad=torch.is_grad_enabled())
             else:  # inside gathered(), where a rank may do what it likes
                 self.context.settle()
@@ -269,27 +294,13 @@ class Hooks:
                     "zerompi.partition"
                 )
         for unit in self.units:
-            visible = unit.state is UnitState.UNSHARDED
             for segment in unit.segments:
                 if not segment.trainable and any(p.requires_grad for p in segment.parameters):
                     raise ZerompiError(
                         f"parameters of {unit.name} were frozen when the model was partitioned and "
                         "require a gradient now: set requires_grad before zerompi.partition"
                     )
-                name_of_changed = segment.changed()
-                if name_of_changed is not None:
-                    raise ZerompiError(
-                        f"{name_of_changed} was changed in place, once by each rank, but the ranks of "
-                        "a node have one copy of it together: change it inside "
-                        "zero.gathered(writable=True)"
-                    )
-                name_of_replaced = segment.replaced(visible=visible)
-                if name_of_replaced is not None:
-                    raise ZerompiError(
-                        f"somebody has replaced the data of {name_of_replaced} (model.to, .half, "
-                        "parameter.data = ...): do so before zerompi.partition, or inside "
-                        "zero.gathered(writable=True)"
-                    )
+            unit.check_untouched()
 
     def discard_gradients(self) -> None:
         """Forget all gradients that are not reduced yet."""
@@ -351,6 +362,7 @@ class Hooks:
 
     def _queue_end(self) -> None:
         if not self._end_is_queued:
+            self.refreshes.finish()  # of units that this forward has not used; the graph may be older
             self._end_is_queued = True
             progress.phase = "backward"
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)

@@ -80,6 +80,7 @@ class Follower:
             operation, arguments = heard
             with attendance.following(), torch.no_grad():
                 self._operations[operation](*arguments)
+            self._context.settle()  # a step may have left refreshes
 
     def _gather(self, names: Sequence[str], slot_number: int) -> None:
         units = [self._units[name] for name in names]

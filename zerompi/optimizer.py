@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
 from itertools import pairwise
@@ -24,6 +24,7 @@ from zerompi.gradient_norms import is_finite, norm, power, squares_on_device
 from zerompi.placement import Placement
 from zerompi.precision import LossScaler
 from zerompi.report import storage_nbytes
+from zerompi.schedule import Refreshes
 from zerompi.segment import Segment
 from zerompi.unit import Unit
 
@@ -40,6 +41,14 @@ class PieceOptimizer:
     the pieces of that state; everything else in the groups stays as it is. A pre-hook of `step`
     prepares the gradients, a post-hook refreshes the parameters.
 
+    Args:
+        optimizer: the user's, or None.
+        units: of the partition.
+        context: of the partition.
+        scaler: of the loss, or None.
+        refreshes: start after a step where they go on beside what follows.
+        end_of_step: called after each step, before these.
+
     Attributes:
         skipped_steps: how many steps were skipped because a gradient was not finite.
     """
@@ -50,6 +59,8 @@ class PieceOptimizer:
         units: Sequence[Unit],
         context: Context,
         scaler: LossScaler | None,
+        refreshes: Refreshes,
+        end_of_step: Callable[[], None],
     ) -> None:
         self.optimizer = optimizer
         self.units = units
@@ -57,6 +68,8 @@ class PieceOptimizer:
         self.scaler = scaler
         self.segments = [segment for unit in units for segment in unit.trainable]
         self.skipped_steps = 0
+        self._refreshes = refreshes
+        self._end_of_step = end_of_step
         self._casts = ExitStack()
         self._skipped: list[tuple[nn.Parameter, Tensor]] = []
         self._handles: list[RemovableHandle] = []
@@ -122,6 +135,9 @@ class PieceOptimizer:
                             f"{name}.grad was set by hand and would be ignored: the gradients of a "
                             "partitioned model are those of the optimizer's pieces"
                         )
+        if self._refreshes.are_ahead:  # which makes the parameters anew
+            for unit in self.units:
+                unit.check_untouched()
         self._casts.close()  # a step that raised has left them open
         if self._has_to_be_skipped():
             # Without gradients torch's own code leaves weights, states and step counts alone.
@@ -215,9 +231,12 @@ class PieceOptimizer:
             piece.grad = gradient
         self._skipped.clear()
         self._casts.close()
-        if not skipped:
+        if not skipped and not self._refreshes.are_ahead:
             self.refresh()
         self.measure_states()
+        self._end_of_step()
+        if not skipped and self._refreshes.are_ahead:
+            self._refreshes.start()
 
     def refresh(self, *, everything: bool = False) -> None:
         """Bring the parameters up to date with the main weights. Collective.
@@ -229,13 +248,7 @@ class PieceOptimizer:
             unit.reshard()  # what a failed backward pass has left is going to be out of date
         with self.context.times.phase("refresh"):
             for unit in self.units:
-                segments = unit.segments if everything else unit.trainable
-                if any(segment.refresh_gathers for segment in segments):
-                    self.context.world.agree(f"refresh of the parameters of {unit.name}")
-                for segment in segments:
-                    segment.refresh()
-                    if everything:
-                        segment.gradients.forget_residuals()
+                unit.refresh(everything=everything)
             if any(unit.is_resident for unit in self.units):
                 self.context.world.agree("end of the refresh of the parameters")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,11 +13,12 @@ from zerompi.context import Context
 from zerompi.errors import ZerompiError
 from zerompi.hooks import Hooks
 from zerompi.optimizer import PieceOptimizer
+from zerompi.schedule import Refreshes
 from zerompi.unit import Unit
 
 
 class Parts:
-    """A partitioned model, and what makes it train.
+    """A partitioned model, and what makes it train; `end_of_step` is called after each optimizer step.
 
     Attributes:
         scaler: of the loss; None without loss scaling.
@@ -34,6 +35,7 @@ class Parts:
         units: Sequence[Unit],
         context: Context,
         without_values: set[str],
+        end_of_step: Callable[[], None],
     ) -> None:
         self.model = model
         self.units = list(units)
@@ -42,8 +44,11 @@ class Parts:
         self.aliases = states.aliases(model, units)
         self.state_keys = list(model.state_dict(keep_vars=True))
         self.without_values = without_values
-        self.piece_optimizer = PieceOptimizer(optimizer, units, context, self.scaler)
-        self.hooks = Hooks(model, units, context, self.scaler)
+        refreshes = Refreshes(units, context)
+        self.piece_optimizer = PieceOptimizer(
+            optimizer, units, context, self.scaler, refreshes, end_of_step
+        )
+        self.hooks = Hooks(model, units, context, self.scaler, refreshes)
         self.hooks.buffers.synchronise()
         self.is_closed = False
 

@@ -1,4 +1,4 @@
-"""In which order units are gathered and reduced, and in which backward passes they are reduced."""
+"""In which order units are gathered, reduced and refreshed, and in which backward passes they are reduced."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from zerompi.context import Context
 from zerompi.errors import ZerompiError
 from zerompi.gather import Gather
 from zerompi.place import assign_regions
+from zerompi.refresh import Refresh
 from zerompi.regions import Slot
 from zerompi.unit import Unit, UnitState
 
@@ -303,3 +304,56 @@ class Reductions:
         self.order = [self.order[index] for index in order]
         assign_regions(self._units, self.order, self._context)
         self._learned = True
+
+
+class Refreshes:
+    """Refreshes units after a step beside what follows, in the order in which forwards use them.
+
+    The order is at first the model's, and after the first step the one in which rank 0 has used units
+    before it.
+    """
+
+    def __init__(self, units: Sequence[Unit], context: Context) -> None:
+        self._context = context
+        self.order = [
+            unit for unit in units if any(segment.refresh_gathers for segment in unit.trainable)
+        ]
+        self._used: dict[Unit, None] | None = {}  # None: the order is known
+
+    @property
+    def are_ahead(self) -> bool:
+        """Whether a step leaves refreshes to the communication thread."""
+        return self._context.refreshes_ahead and self._context.thread.overlaps and bool(self.order)
+
+    @property
+    def are_pending(self) -> bool:
+        """Whether there is a unit that nobody has used since it is being refreshed."""
+        return any(unit.state is UnitState.REFRESHING for unit in self.order)
+
+    def start(self) -> None:
+        """Refresh all units, once nothing else is under way. Collective over the world."""
+        if self._used is not None:
+            self._learn(list(self._used))
+        for unit in self.order:
+            Refresh(unit, self._context)
+
+    def _learn(self, used: Sequence[Unit]) -> None:
+        seen = [self.order.index(unit) for unit in used if unit in self.order]
+        rest = [index for index in range(len(self.order)) if index not in seen]
+        root = self._context.attendance.first
+        order: list[int] = self._context.world.comm.bcast(seen + rest, root=root)
+        self.order = [self.order[index] for index in order]
+        self._used = None
+
+    def use(self, unit: Unit) -> None:
+        """Wait until `unit`, which is about to be read, is refreshed."""
+        if self._used is not None:
+            self._used[unit] = None
+        if unit.state is UnitState.REFRESHING:
+            unit.unshard()
+
+    def finish(self) -> None:
+        """Wait until all units are refreshed."""
+        for unit in self.order:
+            if unit.state is UnitState.REFRESHING:
+                unit.unshard()

@@ -15,6 +15,7 @@ from zerompi.context import Context
 from zerompi.errors import ZerompiError
 from zerompi.gather import Gather
 from zerompi.placement import Placement
+from zerompi.refresh import Refresh
 from zerompi.regions import Slot, aligned
 from zerompi.segment import Segment
 from zerompi.units import UnitPlan
@@ -28,6 +29,7 @@ class UnitState(Enum):
 
     SHARDED = "one shard per rank: Psi / N"
     UNSHARDED = "full parameters on every rank: Psi"
+    REFRESHING = "full parameters on every rank, which are being refreshed: Psi"
 
 
 class Unit:
@@ -38,7 +40,7 @@ class Unit:
             graph of a double backward); `reshard` does nothing before it is zero.
         gradients: of the segments that are trained.
         depth: how many other units enclose it.
-        gather: that has brought the full parameters, or is about to.
+        gather: what has brought the full parameters, or is about to.
         slot: where the node keeps them, with `node_cache`; else None.
     """
 
@@ -58,7 +60,7 @@ class Unit:
             gradients.owner = self
         self.holds = 0
         self.depth = 0
-        self.gather: Gather | None = None
+        self.gather: Gather | Refresh | None = None
         self.slot: Slot | None = None
         self._reduction: Ticket | None = None
         self._lent = False
@@ -91,6 +93,48 @@ class Unit:
                 segment.install()
         self.state = UnitState.UNSHARDED
 
+    def refresh(self, *, everything: bool = False) -> None:
+        """Bring the parameters up to date with the main weights. Collective over the world.
+
+        Those that are trained; with `everything` the frozen ones, too.
+        """
+        segments = self.segments if everything else self.trainable
+        if any(segment.refresh_gathers for segment in segments):
+            self.context.world.agree(f"refresh of the parameters of {self.name}")
+        for segment in segments:
+            segment.refresh()
+            if everything:
+                segment.gradients.forget_residuals()
+
+    def hide(self, refresh: Refresh) -> None:
+        """Let nobody see the parameters, which always are there, until `refresh` is done."""
+        for segment in self.segments:
+            segment.hide()
+        self.gather, self.state = refresh, UnitState.REFRESHING
+
+    def check_untouched(self) -> None:
+        """Refuse parameters that somebody has changed behind our back.
+
+        Raises:
+            ZerompiError: of a node's copy, in place; or their data is not ours any more.
+        """
+        visible = self.state is UnitState.UNSHARDED
+        for segment in self.segments:
+            name_of_changed = segment.changed()
+            if name_of_changed is not None:
+                raise ZerompiError(
+                    f"{name_of_changed} was changed in place, once by each rank, but the ranks of "
+                    "a node have one copy of it together: change it inside "
+                    "zero.gathered(writable=True)"
+                )
+            name_of_replaced = segment.replaced(visible=visible)
+            if name_of_replaced is not None:
+                raise ZerompiError(
+                    f"somebody has replaced the data of {name_of_replaced} (model.to, .half, "
+                    "parameter.data = ...): do so before zerompi.partition, or inside "
+                    "zero.gathered(writable=True)"
+                )
+
     def reshard(self) -> None:
         """Free the full parameters unless somebody still holds them."""
         if self.holds or self.is_resident or self.state is UnitState.SHARDED:
@@ -114,7 +158,7 @@ class Unit:
     @property
     def is_hidden(self) -> bool:
         """Whether the parameters read as NaN now."""
-        return bool(self.segments) and self.state is UnitState.SHARDED and not self._lent
+        return bool(self.segments) and self.state is not UnitState.UNSHARDED and not self._lent
 
     @property
     def has_gradients(self) -> bool:

@@ -48,7 +48,9 @@ class Zero:
         context: Context,
         without_values: set[str],
     ) -> None:
-        self._parts = parts = Parts(model, optimizer, units, context, without_values)
+        self._parts = parts = Parts(
+            model, optimizer, units, context, without_values, self._end_of_step
+        )
         self._units, self._context = parts.units, context
         self._optimizer, self._hooks = parts.piece_optimizer, parts.hooks
         self._guards = Guards(parts)
@@ -62,9 +64,6 @@ class Zero:
         }
         self._follower = Follower(units, context, self._hooks, self._optimizer, methods)
         registry.register((entry.name, entry.parameter) for entry in states.entries(units))
-        self._step_hook = (
-            None if optimizer is None else optimizer.register_step_post_hook(self._end_of_step)
-        )
         self._num_steps = 0
         self._traffic_mark = context.world.traffic.snapshot()
         self._step_traffic: Mapping[str, Mapping[str, int]] = {}
@@ -365,7 +364,7 @@ class Zero:
             time=self._step_times,
         )
 
-    def _end_of_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _end_of_step(self) -> None:
         self._num_steps += 1
         progress.step, progress.phase = self._num_steps, "after the optimizer step"
         self._hooks.release_kept()
@@ -404,8 +403,6 @@ class Zero:
         self._hooks.remove()
         self._optimizer.remove()
         self._guards.remove()
-        if self._step_hook is not None:
-            self._step_hook.remove()
         self._zero_grad.remove()
         registry.forget(entry.parameter for entry in states.entries(self._units))
         self._leave_shared_memory()

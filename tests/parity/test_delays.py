@@ -14,7 +14,7 @@ from models import CASES, build, own_slice
 STEPS = 40
 
 
-def weights_after(comm, stage, topology, longest):
+def weights_after(comm, stage, topology, longest, refresh="eager"):
     """The weights after training in which random ranks sleep in random modules and hooks."""
     case = CASES["gpt"]
     model, optimizer = build(case)
@@ -27,7 +27,8 @@ def weights_after(comm, stage, topology, longest):
     for module in model.modules():
         module.register_forward_hook(pause)
         module.register_full_backward_hook(pause)
-    with zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology) as zero:
+    options = {"stage": stage, "comm": comm, "topology": topology, "refresh": refresh}
+    with zerompi.partition(model, optimizer, **options) as zero:
         for step in range(STEPS):
             x, y = own_slice(case.batch(step), comm.rank, comm.size)
             case.loss(model(x), y).backward()
@@ -45,5 +46,16 @@ def test_late_ranks_change_no_bit(comm, stage, ranks_per_node):
     topology = zerompi.Topology(comm, ranks_per_node)
     expected = weights_after(comm, stage, topology, 0.0)
     state = weights_after(comm, stage, topology, 0.003)
+    for name, value in expected.items():
+        assert torch.equal(state[name], value), name
+
+
+@pytest.mark.parametrize("memory", ["shared", "messages"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_late_ranks_change_no_bit_where_parameters_return_later(comm, stage, memory, monkeypatch):
+    monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", "1" if memory == "shared" else "0")
+    topology = zerompi.Topology(comm, ranks_per_node=2 if comm.size == 4 else 1)
+    expected = weights_after(comm, stage, topology, 0.0)
+    state = weights_after(comm, stage, topology, 0.003, "ahead")
     for name, value in expected.items():
         assert torch.equal(state[name], value), name

@@ -50,6 +50,7 @@ LAYERS = [
         "segment",
         "gradients",
         "gather",
+        "refresh",
         "unit",
         "place",
         "buffers",

@@ -1,0 +1,597 @@
+"""Parameters that return beside the next forward are those that return before the step does."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import zerompi
+from models import CASES, GPT, OPTIMIZERS, build, one_each, own_slice
+from test_join import COUNTS, assert_same_schedule, batches_of, train_unsharded, warm_up
+from test_stages import assert_trains_alike
+from zerompi.unit import Unit
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(params=[1, 2])
+def stage(request) -> int:
+    return request.param
+
+
+@pytest.fixture(params=["two nodes", "one node, messages"])
+def topology(request, comm, monkeypatch):
+    """Layouts in which parameters are sent to other ranks."""
+    if request.param == "one node, messages":
+        if comm.size == 1:
+            pytest.skip("nothing is sent")
+        monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", "0")
+        return zerompi.Topology(comm, ranks_per_node=comm.size)
+    sizes = [comm.size - comm.size // 2, comm.size // 2]
+    return zerompi.Topology(comm, [size for size in sizes if size])
+
+
+def step(comm, case, model, optimizer, number=0):
+    x, y = own_slice(case.batch(number), comm.rank, comm.size)
+    loss = case.loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def partitioned(comm, name, **options):
+    model, optimizer = build(CASES[name])
+    return model, optimizer, zerompi.partition(model, optimizer, comm=comm, **options)
+
+
+def make_slow(monkeypatch, longest=0.01):
+    """Whoever does not wait for a refresh reads what was there before."""
+    refresh, source = Unit.refresh, random.Random(0)
+
+    def late(unit, **options):
+        time.sleep(longest * source.random())
+        refresh(unit, **options)
+
+    monkeypatch.setattr(Unit, "refresh", late)
+
+
+def trained(comm, name, stage, topology, *, steps=5, **options):
+    """Losses of this rank, and the weights afterwards."""
+    case = CASES[name]
+    model, optimizer, zero = partitioned(comm, name, stage=stage, topology=topology, **options)
+    with zero:
+        losses = [step(comm, case, model, optimizer, number) for number in range(steps)]
+        return losses, zero.full_state_dict()
+
+
+def assert_same_bits(ours, theirs):
+    assert ours[0] == theirs[0]
+    for key, value in theirs[1].items():
+        assert torch.equal(ours[1][key], value), key
+
+
+# -- training ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_equal_unsharded_torch(comm, name, stage, topology, monkeypatch):
+    make_slow(monkeypatch, 0.002)
+    assert_trains_alike(comm, name, stage, topology=topology, refresh="ahead", clip=0.5, steps=8)
+
+
+@pytest.mark.parametrize("name", ["gpt", "lora"])
+def test_it_changes_no_bit(comm, name, stage, topology, monkeypatch):
+    expected = trained(comm, name, stage, topology)
+    make_slow(monkeypatch)
+    assert_same_bits(trained(comm, name, stage, topology, refresh="ahead"), expected)
+
+
+@pytest.mark.parametrize("reduce_dtype", [torch.float32, torch.bfloat16])
+def test_it_changes_no_bit_with_mixed_precision(comm, stage, topology, reduce_dtype, monkeypatch):
+    mixed = zerompi.MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+    expected = trained(comm, "gpt", stage, topology, mixed_precision=mixed)
+    make_slow(monkeypatch)
+    ours = trained(comm, "gpt", stage, topology, mixed_precision=mixed, refresh="ahead")
+    assert_same_bits(ours, expected)
+
+
+def test_it_changes_no_bit_without_a_communication_thread(comm, stage, topology, monkeypatch):
+    expected = trained(comm, "gpt", stage, topology)
+    monkeypatch.setenv("ZEROMPI_COMM_THREAD", "0")
+    assert_same_bits(trained(comm, "gpt", stage, topology, refresh="ahead"), expected)
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("shard_ranks", [1, 2, "node"])
+def test_it_changes_no_bit_with_several_copies(comm, stage, shard_ranks, monkeypatch):
+    options = {"shard_ranks": shard_ranks, "topology": zerompi.Topology(comm, [1] * comm.size)}
+    expected = trained(comm, "gpt", stage, **options)
+    make_slow(monkeypatch)
+    assert_same_bits(trained(comm, "gpt", stage, refresh="ahead", **options), expected)
+
+
+def test_buffers_that_change_in_each_forward_are_rank_0s(comm, stage, topology, monkeypatch):
+    def train(refresh):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 3))
+        optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+        units = [model[0], model[3]]
+        options = {"stage": stage, "comm": comm, "topology": topology, "units": units}
+        with zerompi.partition(model, optimizer, refresh=refresh, **options) as zero:
+            losses = [step(comm, CASES["mlp"], model, optimizer, n) for n in range(4)]
+            return losses, zero.full_state_dict()
+
+    expected = train("eager")
+    make_slow(monkeypatch)
+    assert_same_bits(train("ahead"), expected)
+
+
+def test_recomputed_units_accumulation_and_evaluation(comm, stage, topology, monkeypatch):
+    class Recomputing(GPT):
+        def forward(self, tokens):
+            x = self.token(tokens) + self.position[: tokens.shape[1]]
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return self.head(self.norm(x))
+
+    case = CASES["gpt"]
+
+    def train(refresh):
+        torch.manual_seed(5)
+        model = Recomputing()
+        optimizer = OPTIMIZERS["sgd"](list(model.parameters()))
+        losses = []
+        options = {"stage": stage, "comm": comm, "topology": topology, "refresh": refresh}
+        with zerompi.partition(model, optimizer, **options) as zero:
+            for turn in range(3):
+                with zero.accumulate(2):
+                    for part in range(2):
+                        x, y = own_slice(case.batch(2 * turn + part), comm.rank, comm.size)
+                        case.loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                model.eval()
+                with torch.no_grad():
+                    losses.append(case.loss(model(x), y).item())
+                model.train()
+                with zero.no_sync():
+                    case.loss(model(x), y).backward()
+            return losses, zero.full_state_dict()
+
+    expected = train("eager")
+    make_slow(monkeypatch)
+    assert_same_bits(train("ahead"), expected)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_ranks_with_other_numbers_of_batches(comm, stage, topology, counts, monkeypatch):
+    case = CASES["gpt"]
+    reference, expected = train_unsharded(case, counts, comm.size, clip=0.5)
+    make_slow(monkeypatch)
+    model, optimizer, zero = partitioned(
+        comm, "gpt", stage=stage, topology=topology, refresh="ahead"
+    )
+    scheduler = warm_up(optimizer)
+    with zero:
+        with zero.join(scheduler):
+            for x, y in batches_of(case, counts, comm.rank):
+                with zero.weighted(len(x)):
+                    case.loss(model(x), y).backward()
+                zero.clip_grad_norm_(0.5)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        state = zero.full_state_dict()
+        assert_same_schedule(optimizer, scheduler, expected)
+        step(comm, case, model, optimizer)
+        step(comm, case, model, optimizer)
+    for key, value in reference.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-4)
+
+
+# -- between a step and the next forward --------------------------------------------------------
+
+
+def values_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.mpi(min_size=2)
+def test_parameters_read_as_nan_until_they_are_used(comm, stage, topology, monkeypatch):
+    case = CASES["gpt"]
+    expected = trained(comm, "gpt", stage, topology, steps=1)[1]
+    make_slow(monkeypatch)
+    model, optimizer, zero = partitioned(
+        comm, "gpt", stage=stage, topology=topology, refresh="ahead"
+    )
+    with zero:
+        step(comm, case, model, optimizer)
+        assert all(parameter.isnan().all() for parameter in model.parameters())
+        assert [p.shape for p in model.parameters()] == [
+            p.shape for p in build(case)[0].parameters()
+        ]
+        with pytest.raises(RuntimeError, match="single memory location"), torch.no_grad():
+            model.head.weight.clamp_(-1, 1)
+        with zero.gathered():
+            gathered = values_of(model)
+        later = values_of(model)
+        model(case.batch(0)[0])
+    assert all(torch.equal(gathered[name], value) for name, value in expected.items())
+    assert all(torch.equal(later[name], value) for name, value in expected.items())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_by_default_parameters_can_be_read_after_the_step(comm, stage, topology, monkeypatch):
+    expected = trained(comm, "gpt", stage, topology, steps=1)[1]
+    make_slow(monkeypatch)
+    model, optimizer, zero = partitioned(comm, "gpt", stage=stage, topology=topology)
+    with zero:
+        step(comm, CASES["gpt"], model, optimizer)
+        found = values_of(model)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_on_one_node_parameters_can_be_read_after_the_step(comm, stage):
+    topology = zerompi.Topology(comm, ranks_per_node=comm.size)
+    expected = trained(comm, "gpt", stage, topology, steps=1)[1]
+    model, optimizer, zero = partitioned(
+        comm, "gpt", stage=stage, topology=topology, refresh="ahead"
+    )
+    with zero:
+        step(comm, CASES["gpt"], model, optimizer)
+        found = values_of(model)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_every_module_waits_when_it_is_called_alone(comm, stage, topology, monkeypatch):
+    case = CASES["gpt"]
+    x = torch.linspace(-1, 1, 2 * 3 * 20).view(2, 3, 20)
+
+    def calls(model):
+        yield lambda: model.blocks[2].down(x.repeat(1, 1, 4))
+        yield lambda: model.blocks[1](x)
+        yield lambda: model.norm(x)
+        yield lambda: model.token(torch.tensor([3]))
+
+    def run(refresh):
+        model, optimizer, zero = partitioned(
+            comm, "gpt", stage=stage, topology=topology, refresh=refresh
+        )
+        with zero, torch.no_grad():
+            outputs = []
+            for number, _ in enumerate(calls(model)):
+                with torch.enable_grad():
+                    step(comm, case, model, optimizer, number)
+                outputs.append(list(calls(model))[number]())
+            return [], dict(enumerate(outputs))
+
+    expected = run("eager")
+    make_slow(monkeypatch)
+    assert_same_bits(run("ahead"), expected)
+
+
+def test_a_state_dict_and_a_state_dict_that_is_loaded_wait(comm, stage, monkeypatch):
+    monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", "0")
+    case, topology = CASES["mlp"], one_each(comm)
+    expected = trained(comm, "mlp", stage, topology, steps=1)[1]
+    make_slow(monkeypatch)
+    model, optimizer, zero = partitioned(
+        comm, "mlp", stage=stage, topology=topology, refresh="ahead"
+    )
+    with zero:
+        step(comm, case, model, optimizer)
+        found = {key: value.clone() for key, value in model.state_dict().items()}
+        step(comm, case, model, optimizer)
+        model.load_state_dict(found)
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+        assert all(
+            torch.equal(value, expected[key]) for key, value in zero.full_state_dict().items()
+        )
+
+
+@pytest.mark.parametrize("ending", ["save", "load", "full_state_dict", "close"])
+def test_what_follows_a_step_waits(comm, stage, topology, ending, monkeypatch, tmp_path):
+    case = CASES["gpt"]
+    expected = trained(comm, "gpt", stage, topology, steps=2)[1]
+    path = comm.bcast(str(tmp_path / "step-1"))
+    make_slow(monkeypatch)
+    model, optimizer, zero = partitioned(
+        comm, "gpt", stage=stage, topology=topology, refresh="ahead"
+    )
+    with zero:
+        step(comm, case, model, optimizer, 0)
+        if ending in ("save", "load"):
+            zero.save(path)
+        step(comm, case, model, optimizer, 1)
+        if ending == "save":
+            zero.save(path)
+            zero.load(path)
+        elif ending == "load":
+            zero.load(path)
+            step(comm, case, model, optimizer, 1)
+        if ending != "close":
+            state = zero.full_state_dict()
+            assert all(torch.equal(state[key], value) for key, value in expected.items())
+    found = values_of(model)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_two_steps_in_a_row(comm, stage, topology, monkeypatch):
+    case = CASES["gpt"]
+
+    def train(refresh):
+        model, optimizer, zero = partitioned(
+            comm, "gpt", stage=stage, topology=topology, refresh=refresh
+        )
+        with zero:
+            losses = []
+            for number in range(3):
+                x, y = own_slice(case.batch(number), comm.rank, comm.size)
+                loss = case.loss(model(x), y)
+                loss.backward()
+                losses.append(loss.item())
+                optimizer.step()
+                optimizer.step()
+                optimizer.zero_grad()
+            return losses, zero.full_state_dict()
+
+    expected = train("eager")
+    make_slow(monkeypatch)
+    assert_same_bits(train("ahead"), expected)
+
+
+def test_a_skipped_step_hides_nothing(comm, stage, topology):
+    case = CASES["gpt"]
+    model, optimizer, zero = partitioned(
+        comm, "gpt", stage=stage, topology=topology, refresh="ahead", nonfinite="skip"
+    )
+    with zero:
+        step(comm, case, model, optimizer)
+        x, y = own_slice(case.batch(1), comm.rank, comm.size)
+        loss = case.loss(model(x), y)
+        before = values_of(model)
+        (loss * (float("nan") if comm.rank == 0 else 1.0)).backward()
+        optimizer.step()
+        found = values_of(model)
+        assert zero.skipped_steps == 1
+        assert all(torch.equal(found[name], value) for name, value in before.items())
+
+
+def test_a_loss_scale_that_overflows_changes_no_bit(comm, stage, topology, monkeypatch):
+    mixed = zerompi.MixedPrecision(param_dtype=torch.float16, loss_scale="dynamic")
+    expected = trained(comm, "gpt", stage, topology, mixed_precision=mixed)
+    make_slow(monkeypatch)
+    ours = trained(comm, "gpt", stage, topology, mixed_precision=mixed, refresh="ahead")
+    assert_same_bits(ours, expected)
+
+
+def test_a_forward_that_fails_can_be_repeated(comm, stage, topology, monkeypatch):
+    case = CASES["gpt"]
+
+    def train(refresh, *, fails):
+        model, optimizer, zero = partitioned(
+            comm, "gpt", stage=stage, topology=topology, refresh=refresh
+        )
+        with zero:
+            losses = []
+            for number in range(3):
+                if fails:
+                    with pytest.raises(IndexError):
+                        model(torch.full((1, 2), 1000))
+                losses.append(step(comm, case, model, optimizer, number))
+            return losses, zero.full_state_dict()
+
+    expected = train("eager", fails=False)
+    make_slow(monkeypatch)
+    assert_same_bits(train("ahead", fails=True), expected)
+
+
+def test_models_that_step_by_turns(comm, stage, topology, monkeypatch):
+    case = CASES["mlp"]
+
+    def train(refresh):
+        pairs = [
+            partitioned(comm, "mlp", stage=stage, topology=topology, refresh=refresh)
+            for _ in range(2)
+        ]
+        (first, optimizer1, zero1), (second, optimizer2, zero2) = pairs
+        losses = []
+        with zero1, zero2:
+            for number in range(4):
+                x, y = own_slice(case.batch(number), comm.rank, comm.size)
+                loss = case.loss(first(x) + second(x), y)
+                loss.backward()
+                losses.append(loss.item())
+                for optimizer in (optimizer1, optimizer2):
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return losses, zero1.full_state_dict()
+
+    expected = train("eager")
+    make_slow(monkeypatch)
+    assert_same_bits(train("ahead"), expected)
+
+
+# -- when ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi(min_size=2)
+def test_the_last_unit_is_refreshed_beside_the_forward_of_the_first(
+    comm, stage, topology, monkeypatch
+):
+    case, used = CASES["gpt"], threading.Event()
+    model, optimizer, zero = partitioned(
+        comm, "gpt", stage=stage, topology=topology, refresh="ahead"
+    )
+    refresh, came = Unit.refresh, []
+
+    def after_the_first(unit, **options):
+        if unit.name == "blocks.2":
+            came.append(used.wait(30))
+        refresh(unit, **options)
+
+    with zero:
+        step(comm, case, model, optimizer)
+        model.blocks[0].register_forward_hook(lambda *_: used.set())
+        monkeypatch.setattr(Unit, "refresh", after_the_first)
+        for _ in range(2):
+            used.clear()
+            model(case.batch(0)[0])
+            used.clear()
+            step(comm, case, model, optimizer)
+    assert len(came) >= 2
+    assert all(came)
+
+
+class Backwards(nn.Module):
+    """Layers that are used in the reverse of their order; on rank `odd` in another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(7, 7) for _ in range(4))
+        self.last = nn.Linear(7, 3)
+
+    def forward(self, x):
+        for layer in reversed(self.layers):
+            x = x + layer(x).tanh()
+        return self.last(x)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_the_order_is_that_of_rank_0s_forward(comm, stage, monkeypatch):
+    case = CASES["mlp"]
+    torch.manual_seed(1)
+    model = Backwards()
+    if comm.rank == 1:
+        model.forward = lambda x: Backwards.forward(model, model.layers[0](x) * 0 + x)
+    optimizer = OPTIMIZERS["sgd"](list(model.parameters()))
+    refresh, order = Unit.refresh, []
+
+    def noted(unit, **options):
+        order.append(unit.name)
+        refresh(unit, **options)
+
+    monkeypatch.setattr(Unit, "refresh", noted)
+    options = {"stage": stage, "comm": comm, "topology": one_each(comm), "refresh": "ahead"}
+    with zerompi.partition(model, optimizer, **options) as zero:
+        for number in range(2):
+            step(comm, case, model, optimizer, number)
+            with zero.gathered():
+                pass
+            assert order == ["(root)", *(f"layers.{index}" for index in (3, 2, 1, 0))]
+            order.clear()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_each_step_moves_what_it_moved(comm, stage, topology, monkeypatch):
+    """The bytes of a refresh are in the report of the step that they come in time for."""
+
+    def traffic(refresh):
+        model, optimizer, zero = partitioned(
+            comm, "gpt", stage=stage, topology=topology, refresh=refresh
+        )
+        reports = []
+        with zero:
+            for number in range(4):
+                step(comm, CASES["gpt"], model, optimizer, number)
+                report = zero.report()
+                moved = dict(report.traffic)
+                moved.pop("header")
+                reports.append((moved, dict(report.memory.now)))
+        return reports
+
+    expected = traffic("eager")
+    make_slow(monkeypatch)
+    ours = traffic("ahead")
+    assert ours[2:] == expected[2:]
+    assert "refresh" not in ours[0][0]
+    assert ours[1][0] == {**expected[1][0]}
+
+
+# -- misuse -------------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("what", ["steps alone", "leaves out a step", "ends"])
+def test_a_rank_that_goes_another_way_ends_with_an_error_on_all(comm, stage, topology, what):
+    case = CASES["gpt"]
+    model, optimizer, zero = partitioned(
+        comm, "gpt", stage=stage, topology=topology, refresh="ahead"
+    )
+    is_odd = comm.rank == comm.size - 1
+
+    def train():
+        step(comm, case, model, optimizer)
+        if what == "ends" and is_odd:
+            zero.close()
+            return
+        x, y = own_slice(case.batch(0), comm.rank, comm.size)
+        if what == "steps alone" and is_odd:
+            optimizer.step()
+        case.loss(model(x), y).backward()
+        if not (what == "leaves out a step" and is_odd):
+            optimizer.step()
+        case.loss(model(x), y).backward()
+
+    with pytest.raises(zerompi.MismatchError, match="ranks disagree on what comes next"):
+        train()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_refresh_that_fails_raises_where_it_is_waited_for(comm, stage, topology, monkeypatch):
+    case = CASES["gpt"]
+    model, optimizer, zero = partitioned(
+        comm, "gpt", stage=stage, topology=topology, refresh="ahead"
+    )
+    step(comm, case, model, optimizer)
+    with zero.gathered():
+        refresh = Unit.refresh
+
+    def fails(unit, **options):
+        if unit.name == "blocks.1":
+            raise ValueError("no luck")
+        refresh(unit, **options)
+
+    monkeypatch.setattr(Unit, "refresh", fails)
+    step(comm, case, model, optimizer)
+    x = case.batch(0)[0]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no luck"):
+            model(x)
+    with pytest.raises(ValueError, match="no luck"):
+        model.blocks[2](torch.ones(1, 2, 20))
+    assert all(p.isnan().all() for p in model.blocks[1:].parameters())
+    monkeypatch.setattr(Unit, "refresh", refresh)
+    zero.close()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_parameters_changed_by_hand_are_noticed_before_they_are_refreshed(comm, stage):
+    model, optimizer, _zero = partitioned(
+        comm, "mlp", stage=stage, topology=one_each(comm), refresh="ahead"
+    )
+    step(comm, CASES["mlp"], model, optimizer)
+    x, y = own_slice(CASES["mlp"].batch(0), comm.rank, comm.size)
+    CASES["mlp"].loss(model(x), y).backward()
+    model.gain.data = torch.tensor(2.0)
+    with pytest.raises(zerompi.ZerompiError, match="somebody has replaced the data of gain"):
+        optimizer.step()
+
+
+def test_wrong_arguments(comm):
+    model, optimizer = build(CASES["mlp"])
+    with pytest.raises(ValueError, match="refresh: expected 'eager' or 'ahead', got 'late'"):
+        zerompi.partition(model, optimizer, comm=comm, stage=1, refresh="late")
+    refresh = "ahead" if comm.rank else "eager"
+    differs = pytest.raises(zerompi.MismatchError, match="refresh eager")
+    with differs if comm.size > 1 else nullcontext():
+        zerompi.partition(model, optimizer, comm=comm, stage=1, refresh=refresh).close()
