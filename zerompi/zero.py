@@ -633,6 +633,7 @@ class Zero:
             arguments: for them.
         """
         self._check_open()
+        self._hooks.let_go()
         self._context.settle()
         attendance = self._context.attendance
         if operation is None and attendance.is_open and not attendance.is_following:

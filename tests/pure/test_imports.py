@@ -57,6 +57,7 @@ LAYERS = [
     },
     {
         "hooks",
+        "forwards",
         "saved",
         "schedule",
         "optimizer",

@@ -52,7 +52,7 @@ def test_plans_name_the_parameters_themselves():
     for plan in plan_units(model):
         for name, parameter in plan.parameters:
             assert parameter is dict(model.named_parameters())[name]
-        assert plan.module is model.get_submodule(plan.name)
+        assert plan.members == [(plan.name, model.get_submodule(plan.name))]
 
 
 def test_a_block_that_occurs_once_is_no_unit():
