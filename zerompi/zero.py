@@ -333,7 +333,10 @@ class Zero:
                 stack.enter_context(self._hooks.saved_parameters(units))
             yield
         if writable:
-            self._uninitialised -= {entry.name for entry in states.entries(units)}
+            filled = {id(p) for p in (module or self._model).parameters()}
+            self._uninitialised -= {
+                entry.name for entry in states.entries(units) if id(entry.parameter) in filled
+            }
 
     def _units_of(self, module: nn.Module) -> list[Unit]:
         if not any(module is known for known in self._model.modules()):
