@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import GLOBAL_BATCH
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import zerompi
+from models import GLOBAL_BATCH
 from zerompi import units
 from zerompi.unit import UnitState
 
@@ -304,3 +304,50 @@ def test_a_checkpoint_does_not_know_of_merging(comm, topology, stage, tmp_path):
         zero.close()
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-9, atol=1e-11)
+
+
+class Heads(nn.Module):
+    """A large embedding that is read without a call of it, and a head that one rank leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(40, DIM)
+        self.blocks = nn.ModuleList(Small() for _ in range(2))
+        self.head = nn.Linear(DIM, 5)
+        self.double()
+
+    def forward(self, tokens, *, with_head=True):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        loss = (x @ self.embedding.weight.T).square().mean()
+        return loss + self.head(x).square().mean() if with_head else loss
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_large_modules_outside_of_blocks_train_like_unsharded_torch(
+    comm, topology, monkeypatch, stage
+):
+    monkeypatch.setattr(units, "_LARGE_NBYTES", 100)
+    tokens = torch.arange(24).reshape(12, 2)
+    results = []
+    for sharded in (False, True):
+        torch.manual_seed(3)
+        model = Heads()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if sharded:
+            zero = zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology)
+            assert ("head" in zero.unit_names) == ("embedding" in zero.unit_names) == (stage < 3)
+        for _ in range(3):
+            if sharded:
+                model(tokens, with_head=comm.rank != comm.size - 1).backward()
+            else:
+                losses = [
+                    model(tokens, with_head=rank != comm.size - 1) for rank in range(comm.size)
+                ]
+                (sum(losses) / comm.size).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(zero.full_state_dict() if sharded else model.state_dict())
+    zero.close()
+    assert_alike(results)
