@@ -178,11 +178,13 @@ def _large_modules(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Mod
         for part in block.modules()
     }
     known = {id(model), *small, *(id(block) for block in blocks)}
-    return [
-        module
-        for module in model.modules()
-        if id(module) not in known and _nbytes(module.parameters(recurse=False)) >= _LARGE_NBYTES
-    ]
+    places = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+
+    def is_large(module: nn.Module) -> bool:
+        own = [p for p in module.parameters(recurse=False) if places[id(p)] == 1]
+        return _nbytes(own) >= _LARGE_NBYTES
+
+    return [module for module in model.modules() if id(module) not in known and is_large(module)]
 
 
 def _nbytes(parameters: Iterable[nn.Parameter]) -> int:
