@@ -77,7 +77,8 @@ def partition(
         stage: 0 replicates, 1 partitions optimizer states, 2 also gradients, 3 also parameters.
         comm: any intra-communicator, duplicated; None is COMM_WORLD.
         units: modules whose parameters are gathered together, or a predicate on modules; None finds
-            the repeated blocks. What is left belongs to the model itself.
+            the repeated blocks, and merges small ones that follow each other. What is left belongs to
+            the model itself.
         mixed_precision: dtypes of parameters, reduction and output, and the loss scale.
         shard_ranks: how many ranks share one copy: "world", "node", or a number that divides the
             number of ranks; between the copies gradients are all-reduced.
@@ -162,7 +163,8 @@ def _agree(arguments: _Arguments, world: Group) -> list[UnitPlan]:
     plans: list[UnitPlan] = []
     try:
         _check(arguments, world)
-        plans = plan_units(arguments.model, arguments.units)
+        is_replicated = STAGES[arguments.stage].parameter is Placement.REPLICATE
+        plans = plan_units(arguments.model, arguments.units, is_replicated=is_replicated)
     except Exception as caught:  # also what a predicate of the user's raises
         error = caught
     refusals = world.comm.allgather(None if error is None else f"{type(error).__name__}: {error}")

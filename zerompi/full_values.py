@@ -41,7 +41,10 @@ class FullValues:
                 stack.enter_context(parts.hooks.saved_parameters(units))
             yield
         if writable:
-            parts.without_values -= {entry.name for entry in states.entries(units)}
+            filled = {id(p) for p in (module or parts.model).parameters()}
+            parts.without_values -= {
+                entry.name for entry in states.entries(units) if id(entry.parameter) in filled
+            }
 
     @phase("full_state_dict")
     def state_dict(self, rank0_only: bool) -> dict[str, Tensor]:

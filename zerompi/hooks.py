@@ -4,14 +4,15 @@
     -------                       --------
     before: unshard               gradient of an output arrives: unshard
     run the module                gradient of a parameter is complete: collect it into the bucket,
-    after: reshard                    reduce the unit when it has all
+    after the last of the unit:       reduce the unit when it has all
+        reshard
                                   a saved parameter is needed: unshard (saved.py)
-                                  gradients of the inputs are complete: reshard
+                                  gradients of the inputs of all its modules are complete: reshard
                                   end of backward: reduce what is left, reshard what nobody holds
 
 Autograd runs nodes in the reverse order of their creation. The inputs of a unit pass through a node
 that is created before any other of its forward, so when that node runs, the unit's backward is
-over.
+over. A unit of several modules stays between them, unless it has to make room (`forwards.py`).
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ from zerompi.activity import progress
 from zerompi.buffers import ModuleBuffers
 from zerompi.context import Context
 from zerompi.errors import ZerompiError
+from zerompi.forwards import Forwards
 from zerompi.nested import iter_tensors, map_arguments, map_tensors
 from zerompi.precision import LossScaler
 from zerompi.saved import SavedParameters
 from zerompi.schedule import Accumulation, Gathers, Reductions, Refreshes
 from zerompi.segment import Segment
-from zerompi.unit import Unit
+from zerompi.unit import Unit, UnitState
+
+# So many units stay here between the forwards, or backwards, of their modules.
+_MAX_IDLE = 4
 
 
 def in_backward() -> bool:
@@ -66,10 +71,8 @@ class Hooks:
         self._end_is_queued = False
         self._kept: list[Unit] = []
         self._owner = {id(p): unit for unit in units for s in unit.segments for p in s.parameters}
-        # Per unit, for each of its running forwards, whether it saves tensors through us.
-        self._running: dict[Unit, list[bool]] = {unit: [] for unit in units}
-        # Per unit, how many of its forwards have not had their backward in the next backward pass.
-        self._open = dict.fromkeys(units, 0)
+        self._forwards = {unit: Forwards(unit.modules) for unit in units}
+        self._idle: dict[Unit, None] = {}  # that wait here for the next of their modules
         self._saved = {unit: SavedParameters([unit], self._before_use) for unit in units}
         self._is_scaled = False
         self._handles: list[RemovableHandle] = []
@@ -90,18 +93,17 @@ class Hooks:
                 )
         before: Callable[..., Any] = self._before_forward
         after: Callable[..., Any] = self._after_forward
-        if unit.module is self.model:
+        if self.model in unit.modules:
             before, after = self._before_model, self._after_model
         elif not self._sharded:
             return
-        self._handles.append(
-            unit.module.register_forward_pre_hook(
-                partial(before, unit), prepend=True, with_kwargs=True
-            )
-        )
-        self._handles.append(
-            unit.module.register_forward_hook(partial(after, unit), always_call=True)
-        )
+        for module in unit.modules:
+            self._handles += [
+                module.register_forward_pre_hook(
+                    partial(before, unit), prepend=True, with_kwargs=True
+                ),
+                module.register_forward_hook(partial(after, unit), always_call=True),
+            ]
 
     @contextmanager
     def saved_parameters(self, units: Sequence[Unit]) -> Iterator[None]:
@@ -118,7 +120,7 @@ class Hooks:
 
     def _watch_uses(self) -> None:
         """Let every module that reads parameters wait until they are refreshed."""
-        unit_of = {unit.module: unit for unit in self.units}
+        unit_of = {module: unit for unit in self.units for module in unit.modules}
         for module in self.model.modules():
             used = [self._owner[id(p)] for p in module._parameters.values() if p is not None]
             if module in unit_of:
@@ -139,7 +141,7 @@ class Hooks:
         for name, module in self.model.named_modules():
             own = module._parameters.values()
             owners = {self._owner[id(parameter)] for parameter in own if parameter is not None}
-            owners = {unit for unit in owners if unit.module is not module}
+            owners = {unit for unit in owners if module not in unit.modules}
             if owners:
                 self._handles.append(
                     module.register_forward_pre_hook(
@@ -153,8 +155,9 @@ class Hooks:
     ) -> None:
         for unit in owners:
             if unit.is_hidden:
+                around = (member for member, _ in unit.members if name.startswith(f"{member}."))
                 raise ZerompiError(
-                    f"{name} was called outside the forward of {unit.name}, which gathers its "
+                    f"{name} was called outside the forward of {next(around, unit.name)}, which gathers its "
                     "parameters: call that module, make a unit of this one (units=), or use "
                     "zero.gathered()"
                 )
@@ -181,13 +184,16 @@ class Hooks:
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         saves = self._sharded and torch.is_grad_enabled()
-        self._running[unit].append(False)
+        forwards = self._forwards[unit]
+        forwards.running.append(False)
+        if not in_backward():
+            forwards.begin(module)
         unit.holds += 1
-        self.gathers.unshard(unit)
+        self._unshard(unit)
         if not saves:
             return None
         self._saved[unit].push()
-        self._running[unit][-1] = True
+        forwards.running[-1] = True
 
         inputs: list[Tensor] = []
 
@@ -198,22 +204,46 @@ class Hooks:
             return inputs[-1]
 
         args, kwargs = map_arguments(mark, args, kwargs)
-        self._await_backward(unit, inputs)
+        self._await_backward(unit, module, inputs)
         return args, kwargs
 
-    def _await_backward(self, unit: Unit, inputs: Sequence[Tensor]) -> None:
+    def _unshard(self, unit: Unit) -> None:
+        """Make the full parameters of `unit` visible; units that wait for too long make room."""
+        self._idle.pop(unit, None)
+        if unit.state is UnitState.SHARDED:
+            self._forwards[unit].unsharded()
+            self.let_go(but=_MAX_IDLE - 1)
+        self.gathers.unshard(unit)
+
+    def let_go(self, *, but: int = 0) -> None:
+        """Free the full parameters of units that wait for the next of their modules, save the latest."""
+        while len(self._idle) > but:
+            unit = next(iter(self._idle))
+            del self._idle[unit]
+            if in_backward():
+                unit.reshard()
+            else:
+                self.gathers.reshard(unit, expect_next=True)
+
+    def _await_backward(self, unit: Unit, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         """Notice when the gradients of a forward's inputs have come: its backward is over then."""
-        is_recomputed = in_backward() and self._open[unit] > 0  # the graph that counts has hooks
+        forwards = self._forwards[unit]
+        # The graph that counts has hooks.
+        is_recomputed = in_backward() and forwards.is_open(module)
         if inputs and not is_recomputed:
-            self._open[unit] += 1
+            forwards.opened(module)
         missing = len(inputs)
 
         def on_gradient(gradient: Tensor) -> None:
             nonlocal missing
             missing -= 1
-            unit.reshard()
+            if forwards.returns(module):
+                self._idle.pop(unit, None)
+                unit.reshard()
+            else:
+                self._idle[unit] = None
             if missing == 0 and not is_recomputed:
-                self._open[unit] -= 1
+                forwards.closed(module)
                 self._after_backward(unit)
 
         for tensor in inputs:
@@ -222,9 +252,10 @@ class Hooks:
     def _after_forward(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Any:
-        if not self._running[unit]:
+        forwards = self._forwards[unit]
+        if not forwards.running:
             return output  # called although a hook before ours has refused the forward
-        if self._running[unit].pop():
+        if forwards.running.pop():
             self._saved[unit].pop()
         unit.holds -= 1
         if self._sharded and output is not None:
@@ -234,7 +265,10 @@ class Hooks:
                     if tensor.requires_grad:
                         tensor.register_hook(partial(self._before_backward, unit))
         if not in_backward():
-            self.gathers.reshard(unit, expect_next=output is not None)
+            if forwards.end(module) or output is None:
+                self.gathers.reshard(unit, expect_next=output is not None)
+            elif not unit.is_resident:
+                self._idle[unit] = None
         return output
 
     def _before_model(
@@ -242,6 +276,7 @@ class Hooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not in_backward():
             progress.phase = "forward"
+            self.let_go()
             if self.refreshes.are_pending:
                 if self.model.training and self.buffers.changed():
                     self.context.settle()  # these are sent at once
@@ -251,6 +286,8 @@ class Hooks:
                 self.context.settle()
         if torch.is_grad_enabled() and not in_backward():
             self._check_phase()
+            for forwards in self._forwards.values():
+                forwards.begin_pass()
             if self.model.training:
                 self.buffers.synchronise()
         dtype = self.context.precision.param_dtype
@@ -270,6 +307,8 @@ class Hooks:
     def _after_model(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Any:
+        if not in_backward():
+            self.let_go()
         output = self._after_forward(unit, module, args, output)
         dtype = self.context.precision.output_dtype
 
@@ -307,7 +346,7 @@ class Hooks:
         self._is_scaled = False
         self.reductions.reset()
         for unit in self.units:
-            self._open[unit] = 0
+            self._forwards[unit].reset()
             unit.discard_gradients()
         self.accumulation.forget()
 
@@ -320,7 +359,7 @@ class Hooks:
 
     def _before_backward(self, unit: Unit, gradient: Tensor) -> None:
         self._queue_end()
-        self.gathers.unshard(unit)
+        self._unshard(unit)
         self._keep(unit)
 
     def _keep(self, unit: Unit) -> None:
@@ -333,17 +372,18 @@ class Hooks:
         """A saved parameter is needed: in a backward pass, or because somebody looks at the graph."""
         if in_backward():
             self._queue_end()
-        self.gathers.unshard(unit)
+        self._unshard(unit)
         if in_backward():
             self._keep(unit)
 
     def _after_backward(self, unit: Unit) -> None:
-        """A backward of the unit is over; if it was the last, no gradient is to be expected any more.
+        """A backward of a module is over; if it was the unit's last, it expects no gradient any more.
 
         Not even of parameters that this rank has not used, as another one may have. Where units are
         gathered, the others reduce this one before they gather the next.
         """
-        if self._open[unit] <= 0 and unit.trainable and self.accumulation.communicates:
+        is_over = self._forwards[unit].is_over
+        if is_over and unit.trainable and self.accumulation.communicates:
             self.reductions.ready(unit, self.gradient_scale)
 
     def _on_gradient(
@@ -357,13 +397,15 @@ class Hooks:
             )
         unit.settle()  # a gradient that comes late starts another reduction
         segment.gradients.collect(index, self.accumulation.factor)
-        if self.accumulation.communicates and unit.is_complete:
+        is_complete = unit.is_complete and self._forwards[unit].may_be_complete
+        if self.accumulation.communicates and is_complete:
             self.reductions.ready(unit, self.gradient_scale)
 
     def _queue_end(self) -> None:
         if not self._end_is_queued:
             self.refreshes.finish()  # of units that this forward has not used; the graph may be older
             self._end_is_queued = True
+            self.let_go()
             progress.phase = "backward"
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
 
@@ -372,6 +414,7 @@ class Hooks:
         if torch.is_grad_enabled() and self._kept:
             return  # a pass with create_graph=True only prepared another one
         self.release_kept()
+        self._idle.clear()
         collected = any(
             segment.gradients.collected for unit in self.units for segment in unit.trainable
         )
@@ -386,7 +429,7 @@ class Hooks:
         if reduces:
             self.accumulation.forget()
         for unit in self.units:
-            self._open[unit] = 0
+            self._forwards[unit].reset()
             for segment in unit.trainable:
                 segment.gradients.collected = 0
         progress.phase = "after backward"

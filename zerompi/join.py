@@ -74,6 +74,7 @@ class Follower:
                 "join: expected no gradients that wait for another backward pass, got some: end with a "
                 "pass outside no_sync()"
             )
+        self._hooks.let_go()
         self._context.settle()
         attendance = self._context.attendance
         while (heard := attendance.listen()) is not None:

@@ -94,6 +94,7 @@ class Parts:
             MismatchError: a rank does something else.
         """
         self.check_open()
+        self.hooks.let_go()
         self.context.settle()
         attendance = self.context.attendance
         if operation is None and attendance.is_open and not attendance.is_following:

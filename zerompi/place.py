@@ -83,9 +83,9 @@ def _node_copies(
 
 def _count_depths(units: Sequence[Unit]) -> None:
     """Tell each unit how many others enclose it: units of one depth take turns."""
-    names = {unit.name for unit in units[1:]}
+    names = {name for unit in units[1:] for name, _ in unit.members}
     for unit in units[1:]:
-        parts = unit.name.split(".")
+        parts = unit.members[0][0].split(".")
         prefixes = (".".join(parts[:length]) for length in range(1, len(parts)))
         unit.depth = 1 + sum(prefix in names for prefix in prefixes)
 

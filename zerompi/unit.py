@@ -33,9 +33,11 @@ class UnitState(Enum):
 
 
 class Unit:
-    """The parameters of one module that are gathered together.
+    """The parameters of one module, or of several, that are gathered together.
 
     Attributes:
+        members: the modules, with their names.
+        modules: the same without.
         holds: how many callers need the full parameters now (a running forward, `gathered`, a kept
             graph of a double backward); `reshard` does nothing before it is zero.
         gradients: of the segments that are trained.
@@ -46,7 +48,8 @@ class Unit:
 
     def __init__(self, plan: UnitPlan, context: Context) -> None:
         self.name = plan.name or "(root)"
-        self.module = plan.module
+        self.members = plan.members
+        self.modules = [module for _, module in plan.members]
         self.context = context
         kinds: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in plan.parameters:

@@ -1,8 +1,8 @@
 """Measure what zerompi costs per unit and per step, as work grows.
 
-    mpiexec -n 4 python overhead.py [--stage 3] [--units 10,100,1000] [--millions 1,25]
+    mpiexec -n 4 python overhead.py [--stage 3] [--units 10,100,1000] [--millions 1,25] [--merge]
 
-A chain of square layers, each a unit, is trained with plain SGD: once by zerompi, once by the same compute
+A chain of square layers, each a unit (or, with --merge, those that zerompi chooses), is trained with plain SGD: once by zerompi, once by the same compute
 without any communication (each rank steps its part of a model of its own). The difference, by the number of
 units, is what a unit costs: hooks, queue, agreement, reduction, refresh. With one rank nothing is
 communicated, and what is left is Python's part.
@@ -61,11 +61,14 @@ def without_communication(units: int, numel: int, comm: MPI.Intracomm, repeats: 
     return seconds_per_step(step, comm, repeats)
 
 
-def with_zerompi(units: int, numel: int, comm: MPI.Intracomm, repeats: int, stage: int) -> float:
+def with_zerompi(
+    units: int, numel: int, comm: MPI.Intracomm, repeats: int, stage: int, *, merge: bool
+) -> float:
     model = make_model(units, numel)
     x = torch.randn(2, model[0].in_features)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    with zerompi.partition(model, optimizer, stage=stage, comm=comm):
+    chosen = None if merge else list(model)
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm, units=chosen):
 
         def step() -> None:
             model(x).square().mean().backward()
@@ -77,6 +80,7 @@ def with_zerompi(units: int, numel: int, comm: MPI.Intracomm, repeats: int, stag
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--merge", action="store_true", help="small layers share a unit")
     parser.add_argument("--stage", type=int, default=3)
     parser.add_argument("--units", default="10,100,1000")
     parser.add_argument("--millions", default="1,25")
@@ -89,13 +93,15 @@ def main() -> None:
             numel = int(millions * 1e6)
             free = without_communication(units, numel, comm, arguments.repeats)
             gc.collect()
-            ours = with_zerompi(units, numel, comm, arguments.repeats, arguments.stage)
+            ours = with_zerompi(
+                units, numel, comm, arguments.repeats, arguments.stage, merge=arguments.merge
+            )
             gc.collect()
             if comm.rank == 0:
                 print(
-                    f"{comm.size} ranks, {units} units, {millions:g} M parameters: "
+                    f"{comm.size} ranks, {units} layers, {millions:g} M parameters: "
                     f"{1e3 * free:.2f} ms without, {1e3 * ours:.2f} ms with zerompi; "
-                    f"{1e6 * (ours - free) / units:.0f} us per unit and step",
+                    f"{1e6 * (ours - free) / units:.0f} us per layer and step",
                     flush=True,
                 )
 

@@ -216,7 +216,9 @@ def test_small_units_are_gathered_together(comm, topology):
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(160)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with zerompi.partition(model, optimizer, comm=comm, topology=topology) as zero:
+    with zerompi.partition(
+        model, optimizer, units=list(model), comm=comm, topology=topology
+    ) as zero:
         headers = []
         for _ in range(3):
             model(torch.ones(2, 6)).sum().backward()

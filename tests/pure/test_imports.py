@@ -58,6 +58,7 @@ LAYERS = [
     },
     {
         "hooks",
+        "forwards",
         "saved",
         "schedule",
         "optimizer",

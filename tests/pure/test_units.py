@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
+from zerompi import units as units_module
 from zerompi.units import plan_units
 
 
@@ -38,6 +40,14 @@ def planned(model, units=None):
     return {plan.name: [name for name, _ in plan.parameters] for plan in plan_units(model, units)}
 
 
+class Sized(nn.Module):
+    """A block of as many KiB."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(256 * size))
+
+
 def block_plan(prefix):
     return {prefix: [f"{prefix}.{name}" for name in BLOCK]}
 
@@ -52,7 +62,7 @@ def test_plans_name_the_parameters_themselves():
     for plan in plan_units(model):
         for name, parameter in plan.parameters:
             assert parameter is dict(model.named_parameters())[name]
-        assert plan.module is model.get_submodule(plan.name)
+        assert plan.members == [(plan.name, model.get_submodule(plan.name))]
 
 
 def test_a_block_that_occurs_once_is_no_unit():
@@ -169,3 +179,75 @@ def test_what_is_no_module_is_refused(units):
 def test_a_module_of_another_model_is_refused():
     with pytest.raises(ValueError, match="units: expected modules of the model"):
         plan_units(Model([Block()]), [nn.Linear(1, 1)])
+
+
+# -- merging and splitting ---------------------------------------------------------------------
+
+
+def automatic(model, **options):
+    return [plan.name for plan in plan_units(model, **options)]
+
+
+def test_small_blocks_that_follow_each_other_are_merged_up_to_an_eighth_of_all():
+    model = nn.Sequential(*(Sized(1) for _ in range(24)))
+    assert automatic(model) == ["", *(f"{start}-{start + 2}" for start in range(0, 24, 3))]
+    plan = plan_units(model)[1]
+    assert [name for name, _ in plan.parameters] == ["0.weight", "1.weight", "2.weight"]
+    assert plan.members == [(str(index), model[index]) for index in range(3)]
+
+
+def test_few_blocks_are_not_merged():
+    model = nn.Sequential(*(Sized(1) for _ in range(15)))
+    assert automatic(model) == ["", *map(str, range(15))]
+
+
+def test_a_merged_unit_has_a_largest_size(monkeypatch):
+    monkeypatch.setattr(units_module, "_MERGED_NBYTES", 2048)
+    model = nn.Sequential(*(Sized(1) for _ in range(40)))
+    assert automatic(model) == ["", *(f"{start}-{start + 1}" for start in range(0, 40, 2))]
+
+
+def test_a_large_block_stays_alone_between_small_ones():
+    sizes = [1, 1, 100, 1, 1, *[100] * 7]
+    names = automatic(nn.ModuleList(Sized(size) for size in sizes))
+    assert names == ["", "0-1", "2", "3-4", *map(str, range(5, 12))]
+
+
+def test_blocks_of_different_containers_are_not_merged():
+    model = Parts(
+        a=nn.ModuleList(Sized(1) for _ in range(10)), b=nn.ModuleList(Sized(1) for _ in range(10))
+    )
+    assert automatic(model)[1:5] == ["a.0-a.1", "a.2-a.3", "a.4-a.5", "a.6-a.7"]
+    assert automatic(model)[-1] == "b.8-b.9"
+
+
+def test_chosen_units_are_taken_as_they_are():
+    model = nn.Sequential(*(Sized(1) for _ in range(24)))
+    assert len(planned(model, list(model))) == len(planned(model, lambda m: m is not model)) == 25
+
+
+def test_a_parameter_shared_inside_a_merged_unit_belongs_to_it():
+    model = nn.Sequential(*(Sized(1) for _ in range(24)))
+    model[1].weight = model[0].weight
+    plans = planned(model)
+    assert plans["0-2"] == ["0.weight", "2.weight"]
+    model[23].weight = model[0].weight
+    assert planned(model)[""] == ["0.weight"]
+
+
+def test_large_modules_outside_of_blocks_are_units_where_parameters_are_replicated():
+    model = Model([Block(), Block()])
+    model.embedding = nn.Embedding(1 << 10, 1 << 8)
+    blocks = ["blocks.0", "blocks.1"]
+    assert automatic(model) == ["", *blocks]
+    assert sorted(automatic(model, is_replicated=True)) == ["", *blocks, "embedding"]
+    model.head = nn.Linear(1 << 8, 1 << 10)
+    model.head.weight = model.embedding.weight  # of neither alone
+    assert automatic(model, is_replicated=True) == ["", *blocks]
+
+
+def test_a_huge_block_is_reduced_in_parts_where_parameters_are_replicated(monkeypatch):
+    monkeypatch.setattr(units_module, "_BLOCK_NBYTES", 4 << 20)
+    model = nn.ModuleList(Parts(a=Sized(3 << 10), b=Sized(2 << 10), c=Sized(1)) for _ in range(2))
+    assert automatic(model) == ["", "0", "1"]
+    assert automatic(model, is_replicated=True) == ["", "0", "0.a", "0.b", "1", "1.a", "1.b"]
