@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zerompi.collectives.quantized import Code
+from zerompi.context import Context
 from zerompi.report import ElementBytes, MemoryReport, zero_formula
-from zerompi.segment import Context, Segment
+from zerompi.segment import Segment
 from zerompi.unit import Unit
 
 
@@ -47,8 +48,8 @@ def message_nbytes(units: Sequence[Unit]) -> MessageBytes:
         for segment in unit.segments:
             parameters += packed(segment, segment.weight_code, segment.dtype)
             if segment.trainable:
-                code = segment.packer.code if segment.packer else None
-                gradients += packed(segment, code, segment.reduce_dtype)
+                code = segment.gradients.packer.code if segment.gradients.packer else None
+                gradients += packed(segment, code, segment.gradients.dtype)
     return MessageBytes(parameters, gradients)
 
 
@@ -69,7 +70,7 @@ def _formula(
             state_bytes = segment.main_dtype.itemsize * (tensors_per_element + separate)
             per_element = ElementBytes(
                 parameter=segment.dtype.itemsize,
-                gradient=segment.reduce_dtype.itemsize if segment.trainable else 0,
+                gradient=segment.gradients.dtype.itemsize if segment.trainable else 0,
                 optimizer_state=state_bytes if segment.trainable else 0,
             )
             group = context.shard_group

@@ -16,6 +16,7 @@ from zerompi import device, meta
 from zerompi.collectives.buffer import give_back_heap
 from zerompi.collectives.group import Group
 from zerompi.comm_thread import CommThread
+from zerompi.context import Context
 from zerompi.errors import MismatchError
 from zerompi.launch import check_world
 from zerompi.memory import HOST, Space
@@ -25,7 +26,6 @@ from zerompi.placement import STAGES, Placement
 from zerompi.precision import MixedPrecision, NonFinite
 from zerompi.quantize import Quantize
 from zerompi.registry import is_partitioned
-from zerompi.segment import Context
 from zerompi.topology import Topology
 from zerompi.unit import Unit
 from zerompi.units import UnitPlan, Units, plan_units

@@ -14,8 +14,9 @@ from zerompi.collectives.quantized import (
     gather_node_copies_quantized,
 )
 from zerompi.comm_thread import Ticket
+from zerompi.context import Context
 from zerompi.regions import Slot
-from zerompi.segment import Context, Segment
+from zerompi.segment import Segment
 
 if TYPE_CHECKING:
     from zerompi.unit import Unit

@@ -27,12 +27,13 @@ from torch.utils.hooks import RemovableHandle
 
 from zerompi.activity import progress
 from zerompi.buffers import ModuleBuffers
+from zerompi.context import Context
 from zerompi.errors import ZerompiError
 from zerompi.nested import iter_tensors, map_arguments, map_tensors
 from zerompi.precision import LossScaler
 from zerompi.saved import SavedParameters
 from zerompi.schedule import Accumulation, Gathers, Reductions
-from zerompi.segment import Context, Segment
+from zerompi.segment import Segment
 from zerompi.unit import Unit, UnitState
 
 
@@ -344,7 +345,7 @@ class Hooks:
                 "where the loss scale is applied: compute the loss from what model(...) returns"
             )
         unit.settle()  # a gradient that comes late starts another reduction
-        segment.collect(index, self.accumulation.factor)
+        segment.gradients.collect(index, self.accumulation.factor)
         if self.accumulation.communicates and unit.is_complete:
             self.reductions.ready(unit, self.gradient_scale)
 
@@ -359,7 +360,9 @@ class Hooks:
         if torch.is_grad_enabled() and self._kept:
             return  # a pass with create_graph=True only prepared another one
         self.release_kept()
-        collected = any(segment.collected for unit in self.units for segment in unit.trainable)
+        collected = any(
+            segment.gradients.collected for unit in self.units for segment in unit.trainable
+        )
         for unit in self.units:
             unit.reshard()
         reduces = self.accumulation.communicates
@@ -373,7 +376,7 @@ class Hooks:
         for unit in self.units:
             self._open[unit] = 0
             for segment in unit.trainable:
-                segment.collected = 0
+                segment.gradients.collected = 0
         progress.phase = "after backward"
         self.measure_gradients()
 
@@ -386,7 +389,7 @@ class Hooks:
 
     def measure_gradients(self) -> None:
         """Bring the gradients' entry of the memory ledger up to date."""
-        nbytes = sum(s.gradient_nbytes for unit in self.units for s in unit.trainable)
+        nbytes = sum(s.gradients.nbytes for unit in self.units for s in unit.trainable)
         self.context.memory.set("gradients", nbytes)
 
 

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import torch
 
+from zerompi.context import Context
 from zerompi.errors import ZerompiError
 from zerompi.gather import Gather
 from zerompi.hooks import Hooks
 from zerompi.optimizer import PieceOptimizer
-from zerompi.segment import Context
 from zerompi.unit import Unit
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from zerompi.segment import placeholder
+from zerompi.placeholder import placeholder
 from zerompi.unit import Unit
 
 

@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zerompi.activity import progress
+from zerompi.context import Context
 from zerompi.errors import MismatchError, NonFiniteError, ZerompiError
 from zerompi.placement import Placement
 from zerompi.precision import LossScaler
 from zerompi.report import storage_nbytes
-from zerompi.segment import Context, Segment
+from zerompi.segment import Segment
 from zerompi.unit import Unit
 
 # Of a 0-dim parameter every state is 0-dim; torch.optim's step counts and factors are told by name.
@@ -102,7 +103,9 @@ class PieceOptimizer:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         progress.phase = "optimizer step"
-        deferred = any(segment.reduce_dtype is not segment.main_dtype for segment in self.segments)
+        deferred = any(
+            segment.gradients.dtype is not segment.main_dtype for segment in self.segments
+        )
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
         joined = self.context.attendance.is_open
         if closure is not None and (deferred or self.scaler or joined):
@@ -128,11 +131,11 @@ class PieceOptimizer:
                         piece.grad = None
             return
         for segment in self.segments:
-            self._casts.enter_context(segment.cast_gradients())
+            self._casts.enter_context(segment.gradients.cast())
         cast_nbytes = sum(
             segment.main.nbytes
             for segment in self.segments
-            if segment.reduce_dtype is not segment.main_dtype
+            if segment.gradients.dtype is not segment.main_dtype
         )
         self._casts.enter_context(self.context.memory.borrowed(cast_nbytes))
         self._casts.enter_context(self.context.times.phase("optimizer"))
@@ -171,7 +174,7 @@ class PieceOptimizer:
         return [
             name
             for segment in self.segments
-            for name, gradient in segment.named_gradients()
+            for name, gradient in segment.gradients.named()
             if not _is_finite(gradient)
         ]
 
@@ -220,7 +223,7 @@ class PieceOptimizer:
                 for segment in segments:
                     segment.refresh()
                     if everything:
-                        segment.forget_residuals()
+                        segment.gradients.forget_residuals()
             if any(unit.is_resident for unit in self.units):
                 self.context.world.agree("end of the refresh of the parameters")
 
@@ -303,7 +306,9 @@ class PieceOptimizer:
             coefficient = 1.0  # as the gradients are, the step will tell which is at fault
         elif math.isnan(total):
             coefficient = math.nan
-        gradients = [gradient for segment in self.segments for gradient in segment.gradients()]
+        gradients = [
+            gradient for segment in self.segments for gradient in segment.gradients.values()
+        ]
         if gradients and coefficient != 1.0:
             torch._foreach_mul_(gradients, coefficient)
         wide = any(s.main_dtype in (torch.float64, torch.complex128) for s in self.segments)
@@ -314,7 +319,7 @@ class PieceOptimizer:
         norms = [
             _norm(gradient, norm_type)
             for segment in self.segments
-            for gradient in segment.gradients()
+            for gradient in segment.gradients.values()
             if gradient.numel()
         ]
         local = (

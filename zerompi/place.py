@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from zerompi.collectives.shared import PAGE_NBYTES, SharedNode, Window, has_room
+from zerompi.context import Context
 from zerompi.placement import Placement
 from zerompi.regions import Region, Slot, aligned
-from zerompi.segment import Context, Segment
+from zerompi.segment import Segment
 from zerompi.unit import Unit
 
 _TURNS = (
@@ -139,7 +140,7 @@ def _bucket_nbytes(unit: Unit) -> int:
 
 
 def _aligned_bucket_nbytes(segment: Segment) -> int:
-    return aligned(segment.layout.padded_numel * segment.reduce_dtype.itemsize)
+    return aligned(segment.layout.padded_numel * segment.gradients.dtype.itemsize)
 
 
 def _region_sizes(units: Sequence[Unit], context: Context) -> list[int]:
@@ -189,5 +190,5 @@ def assign_regions(units: Sequence[Unit], order: Sequence[Unit], context: Contex
 def _assign(unit: Unit, region: Region) -> None:
     offset = 0
     for segment in unit.trainable:
-        segment.region, segment.region_offset = region, offset
+        segment.gradients.region, segment.gradients.region_offset = region, offset
         offset += _aligned_bucket_nbytes(segment)

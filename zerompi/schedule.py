@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from math import fsum
 from typing import NamedTuple
 
+from zerompi.context import Context
 from zerompi.errors import ZerompiError
 from zerompi.gather import Gather
 from zerompi.place import assign_regions
 from zerompi.regions import Slot
-from zerompi.segment import Context
 from zerompi.unit import Unit, UnitState
 
 

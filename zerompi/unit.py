@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from zerompi.comm_thread import Ticket
+from zerompi.context import Context
 from zerompi.errors import ZerompiError
 from zerompi.gather import Gather
 from zerompi.placement import Placement
 from zerompi.regions import Slot, aligned
-from zerompi.segment import Context, Segment
+from zerompi.segment import Segment
 from zerompi.units import UnitPlan
 
 _FLAGS_PER_HEADER = 63
@@ -35,6 +36,7 @@ class Unit:
     Attributes:
         holds: how many callers need the full parameters now (a running forward, `gathered`, a kept
             graph of a double backward); `reshard` does nothing before it is zero.
+        gradients: of the segments that are trained.
         depth: how many other units enclose it.
         gather: that has brought the full parameters, or is about to.
         slot: where the node keeps them, with `node_cache`; else None.
@@ -51,8 +53,9 @@ class Unit:
             )
         self.segments = [Segment(members, context) for members in kinds.values()]
         self.trainable = [segment for segment in self.segments if segment.trainable]
-        for segment in self.segments:
-            segment.owner = self
+        self.gradients = [segment.gradients for segment in self.trainable]
+        for gradients in self.gradients:
+            gradients.owner = self
         self.holds = 0
         self.depth = 0
         self.gather: Gather | None = None
@@ -116,12 +119,12 @@ class Unit:
     @property
     def has_gradients(self) -> bool:
         """Whether a gradient of this rank waits to be reduced."""
-        return any(segment.bucket is not None for segment in self.trainable)
+        return any(gradients.bucket is not None for gradients in self.gradients)
 
     @property
     def is_complete(self) -> bool:
         """Whether the running backward pass has brought all gradients that are expected of it."""
-        return all(segment.collected >= segment.expected for segment in self.trainable)
+        return all(gradients.collected >= gradients.expected for gradients in self.gradients)
 
     def reduce(self, scale: Callable[[], float]) -> None:
         """Reduce the gradients of all ranks and install them; nothing moves if no rank has any.
@@ -131,7 +134,7 @@ class Unit:
         are here, what the sum is multiplied by.
         """
         self.settle()
-        readable = all(segment.is_readable() for segment in self.trainable)
+        readable = all(gradients.is_readable() for gradients in self.gradients)
         self._reduction = self.context.thread.submit(partial(self._reduce, scale, readable))
 
     def settle(self) -> None:
@@ -153,26 +156,26 @@ class Unit:
             scale = make_scale()
             used, in_place = self._used_anywhere(readable)
             start = 0
-            for segment in self.trainable:
-                part = used[start : start + len(segment.present)]
-                start += len(segment.present)
+            for gradients in self.gradients:
+                part = used[start : start + len(gradients.present)]
+                start += len(gradients.present)
                 if any(part):
-                    segment.reduce(part, scale, in_place=in_place)
+                    gradients.reduce(part, scale, in_place=in_place)
             self._release_regions(was_read=in_place and any(used))
 
     def discard_gradients(self) -> None:
         """Forget what is not reduced yet, and how a reduction that was started ended."""
         self.abandon_reduction()
-        for segment in self.trainable:
-            segment.discard_gradients()
-            segment.collected = 0
+        for gradients in self.gradients:
+            gradients.discard()
+            gradients.collected = 0
         self._release_regions(was_read=False)
 
     def _release_regions(self, *, was_read: bool) -> None:
         if self.context.stage.gradient is Placement.SHARD:
-            for segment in self.trainable:
-                if segment.region is not None:
-                    segment.region.release(self, was_read=was_read)
+            for gradients in self.gradients:
+                if gradients.region is not None:
+                    gradients.region.release(self, was_read=was_read)
 
     def _used_anywhere(self, readable: bool) -> tuple[list[bool], bool]:
         """For each trainable parameter, whether any rank has a gradient for it.
@@ -180,7 +183,7 @@ class Unit:
         And whether the ranks of every node can read each other's buckets, if `readable` tells that
         of this one's.
         """
-        present = [flag for segment in self.trainable for flag in segment.present]
+        present = [flag for gradients in self.gradients for flag in gradients.present]
         used: list[bool] = []
         for start in range(0, len(present), _FLAGS_PER_HEADER):
             part = present[start : start + _FLAGS_PER_HEADER]

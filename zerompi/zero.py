@@ -29,6 +29,7 @@ from zerompi.checkpoint import (
     snapshot,
     write_checkpoint,
 )
+from zerompi.context import Context
 from zerompi.errors import ZerompiError
 from zerompi.generators import generator_states
 from zerompi.hooks import Hooks
@@ -36,7 +37,6 @@ from zerompi.join import Follower, Stateful
 from zerompi.optimizer import PieceOptimizer
 from zerompi.placement import Placement
 from zerompi.report import Report
-from zerompi.segment import Context
 from zerompi.unit import Unit
 
 _DEFAULTS = WriteOptions()

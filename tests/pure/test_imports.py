@@ -15,7 +15,17 @@ PACKAGE = Path(__file__).parents[2] / "zerompi"
 
 # A module or sub-package imports from its own layer and the layers below it only.
 LAYERS = [
-    {"errors", "version", "dtypes", "layout", "placement", "report", "memory", "kernels"},
+    {
+        "errors",
+        "version",
+        "dtypes",
+        "layout",
+        "placement",
+        "placeholder",
+        "report",
+        "memory",
+        "kernels",
+    },
     {
         "launch",
         "activity",
@@ -33,7 +43,18 @@ LAYERS = [
     },
     {"collectives"},
     {"autograd", "precision", "quantize", "units"},
-    {"attendance", "regions", "segment", "gather", "unit", "place", "buffers", "registry"},
+    {
+        "attendance",
+        "regions",
+        "context",
+        "segment",
+        "gradients",
+        "gather",
+        "unit",
+        "place",
+        "buffers",
+        "registry",
+    },
     {
         "hooks",
         "saved",
@@ -66,7 +87,9 @@ FORBIDDEN = {
     "units": {"mpi4py"},
     "precision": {"mpi4py"},
     "quantize": {"mpi4py"},
+    "context": {"mpi4py"},
     "segment": {"mpi4py"},
+    "gradients": {"mpi4py"},
     "unit": {"mpi4py"},
     "attendance": {"mpi4py"},
     "hooks": {"mpi4py"},

@@ -1,0 +1,302 @@
+"""Gradients of a segment: collected in a bucket, reduced, and lent to the optimizer's pieces.
+
+Nothing here knows when a step happens: hooks.py does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from zerompi.collectives.all_reduce import reduce_all
+from zerompi.collectives.buffer import Buffer, lend
+from zerompi.collectives.quantized import reduce_blocks_quantized
+from zerompi.collectives.reduce_scatter import reduce_blocks
+from zerompi.errors import ZerompiError
+from zerompi.layout import FlatLayout
+from zerompi.placeholder import placeholder
+from zerompi.placement import Placement
+from zerompi.regions import Region, Settling
+
+if TYPE_CHECKING:
+    from zerompi.segment import Segment
+
+
+class Gradients:
+    """The gradients of one segment, from autograd to the pieces of the optimizer.
+
+    Args:
+        segment: whose parameters they belong to.
+
+    Attributes:
+        owner: the unit, which has the region while the bucket lies there.
+        dtype: in which they are collected and reduced.
+        bucket: this rank's sum of gradients, (padded_numel,), reduce dtype, or None.
+        region: where a bucket lies that the other ranks of the node can read, or None.
+        home: what the last reduced gradients lie in; used again when nobody has them any more.
+        packer: quantizes the gradients when they are reduced, or None.
+        present: per parameter, whether the bucket holds a gradient for it.
+        collected: gradients collected in the running backward pass.
+        expected: how many a pass is expected to bring: as many parameters as had a gradient on any
+            rank at the last reduction.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self.owner: Settling
+        self._segment = segment
+        self._context = context = segment.context
+        precision, quantize = context.precision, context.quantize
+        self.dtype = segment.main_dtype
+        if segment.is_mixed and precision.reduce_dtype is not None:
+            self.dtype = precision.reduce_dtype
+        self.packer = quantize.gradient_packer(self.dtype) if quantize else None
+        self.bucket: Buffer | None = None
+        self.present = [False] * len(segment.parameters)
+        self.collected = 0
+        self.expected = len(segment.parameters)
+        self.reduced: Tensor | None = None
+        self.region: Region | None = None
+        self.region_offset = 0
+        self.home: Buffer | None = None
+        self._handed_out: list[weakref.ref[object]] = []
+
+    def collect(self, index: int, weight: float) -> None:
+        """Move the gradient that autograd has accumulated for parameter `index` into the bucket.
+
+        It counts `weight` times there; with 0 not at all, whatever it is.
+        """
+        segment = self._segment
+        parameter = segment.parameters[index]
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        parameter.grad = None
+        if gradient.requires_grad:
+            raise ZerompiError(
+                f"{segment.names[index]}: backward(create_graph=True) would need a graph through the "
+                "gradient reduction; use torch.autograd.grad(..., create_graph=True) for the inner "
+                "derivative and a plain backward() for the outer one"
+            )
+        if gradient.layout is not torch.strided:
+            raise ZerompiError(
+                f"{segment.names[index]}: expected a dense gradient, got {gradient.layout}; build the "
+                "embedding with sparse=False"
+            )
+        self.collected += 1
+        if self.bucket is None and self.region is not None:
+            self.region.claim(self.owner)
+        slot = segment.view(self._bucket().tensor, index)
+        if self.present[index]:
+            if weight:
+                slot.add_(gradient, alpha=weight)
+            return
+        self.present[index] = True
+        if not weight:
+            slot.zero_()
+            return
+        slot.copy_(gradient)
+        if weight != 1.0:
+            slot.mul_(weight)
+
+    def _bucket(self) -> Buffer:
+        if self.bucket is None:
+            self.bucket = self._make_bucket()
+            passing = self._context.stage.gradient is Placement.SHARD
+            if passing and self.bucket.peers is None:
+                self._context.memory.add("buffers", self.bucket.nbytes)
+        return self.bucket
+
+    def _make_bucket(self) -> Buffer:
+        """Memory for a bucket: if possible where the node's other ranks can read it."""
+        is_free = self._is_home_free()
+        if is_free:
+            self.reduced = None
+        numel, dtype = self._segment.layout.padded_numel, self.dtype
+        if self._context.stage.gradient is Placement.SHARD:
+            if self.region is not None and self.region.user is self.owner:
+                return self.region.buffer(self.region_offset, numel, dtype)
+        elif is_free and self.home is not None:
+            return self.home
+        elif is_free and self.region is not None:
+            return self.region.buffer(self.region_offset, numel, dtype)
+        return Buffer(self._context.shard_group.allocate(numel, dtype))
+
+    def discard(self) -> None:
+        """Forget what is in the bucket."""
+        is_private = self.bucket is not None and self.bucket.peers is None
+        if self.bucket and is_private and self._context.stage.gradient is Placement.SHARD:
+            self._context.memory.add("buffers", -self.bucket.nbytes)
+        self.bucket = None
+        self.present = [False] * len(self._segment.parameters)
+
+    def is_readable(self) -> bool:
+        """Whether the node's other ranks can read the bucket, or can if one is made for this reduction."""
+        if self.bucket is not None:
+            return self.bucket.peers is not None
+        if self._context.stage.gradient is Placement.REPLICATE:
+            if not self._is_home_free():
+                return False
+            if self.home is not None:
+                return self.home.peers is not None
+        if self.region is None:
+            return False
+        self.region.claim(self.owner)
+        return self.region.user is self.owner
+
+    def reduce(self, used: Sequence[bool], scale: float, *, in_place: bool) -> None:
+        """Reduce the bucket to `scale` times the sum over all ranks and install the gradients.
+
+        Collective. `used` says for each parameter whether any rank has a gradient for it; the
+        others keep the gradient that they have (None, usually). `in_place`: all ranks of the node
+        have buckets that the others can read.
+        """
+        segment = self._segment
+        bucket = self._bucket()
+        flat = bucket.tensor
+        for i, present in enumerate(self.present):
+            if not present:
+                segment.view(flat, i).zero_()
+        peers = bucket.peers if in_place else None
+        ranges, stage = segment.layout.shard_ranges, self._context.stage
+        group, replicas = self._context.shard_group, self._context.replica_group
+        home = bucket
+        if stage.optimizer_state is Placement.REPLICATE:
+            reduce_all(flat, ranges, group, scale=scale, peers=peers)
+            result = flat
+        else:
+            if stage.gradient is Placement.REPLICATE:
+                base = segment.shard_index * segment.layout.shard_numel
+                result = flat[base : base + segment.layout.shard_numel]
+            else:
+                home = self._make_shard()
+                result = home.tensor
+            exact = result[: segment.own.numel]
+            self._reduce_blocks(flat, exact, scale, peers)
+            if replicas is not None:
+                parts = FlatLayout([(exact.numel(),)], replicas.size).shard_ranges
+                reduce_all(exact, parts, replicas, scale=1.0)
+        if all(piece.grad is None for piece in segment.pieces):
+            self.home = home
+        self.discard()
+        self.expected = sum(used)
+        self._install(result, used)
+
+    def _reduce_blocks(
+        self, flat: Tensor, own: Tensor, scale: float, peers: Sequence[Tensor] | None
+    ) -> None:
+        """`own` = `scale` times this rank's block of the sum of `flat` over the shard group. Collective."""
+        ranges, group = self._segment.layout.shard_ranges, self._context.shard_group
+        if self.packer is None:
+            reduce_blocks(flat, own, ranges, group, scale=scale, peers=peers)
+            return
+        kept = self.packer.nbytes
+        reduce_blocks_quantized(flat, own, ranges, group, self.packer, scale=scale, peers=peers)
+        self._context.memory.add("buffers", self.packer.nbytes - kept)
+
+    def forget_residuals(self) -> None:
+        """Let go of what error feedback has kept of gradients: the weights are others now."""
+        if self.packer is not None:
+            self._context.memory.add("buffers", -self.packer.forget())
+
+    def _make_shard(self) -> Buffer:
+        """Memory for a reduced gradient, (shard_numel,): the last one's, if nobody has that any more."""
+        if self.home is not None and self._is_home_free():
+            return self.home
+        numel = self._segment.layout.shard_numel
+        return Buffer(self._context.shard_group.allocate(numel, self.dtype))
+
+    def _is_home_free(self) -> bool:
+        """Whether nobody has the last reduced gradients any more: `zero_grad` has been called."""
+        if any(piece.grad is not None for piece in self._segment.pieces):
+            return False
+        return all(memory() is None for memory in self._handed_out)
+
+    def _install(self, result: Tensor, used: Sequence[bool]) -> None:
+        """Make `result` the pieces' gradient, adding where `zero_grad` has not been called.
+
+        Where the reduce dtype is not the main dtype, `.grad` is a marker (NaN, no memory) until
+        `cast`: so `zero_grad` of both kinds is seen, and the gradient takes the reduce
+        dtype's memory only.
+        """
+        segment = self._segment
+        if self.dtype is segment.main_dtype:
+            lent, handed_out = lend(result)
+            for i, piece in enumerate(segment.pieces):
+                if used[i]:
+                    part = segment.part(lent, i)
+                    piece.grad = part if piece.grad is None else piece.grad.add_(part)
+            self._handed_out = [ref for ref in self._handed_out if ref() is not None]
+            if handed_out is not None:
+                self._handed_out.append(handed_out)
+            return
+        if self.reduced is not None and any(piece.grad is not None for piece in segment.pieces):
+            for i, piece in enumerate(segment.pieces):
+                if used[i]:
+                    kept = segment.part(self.reduced, i)
+                    kept.copy_(segment.part(result, i) + (kept if _is_marker(piece.grad) else 0))
+        else:
+            self.reduced = result
+        for i, piece in enumerate(segment.pieces):
+            if used[i]:
+                piece.grad = placeholder(piece, segment.main_dtype)
+
+    def values(self) -> Iterator[Tensor]:
+        """The reduced gradients that this rank holds, in the reduce dtype."""
+        for _, gradient in self.named():
+            yield gradient
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, each with the name of its parameter."""
+        segment = self._segment
+        for i, (name, piece) in enumerate(zip(segment.names, segment.pieces, strict=True)):
+            if piece.grad is not None:
+                if self.dtype is segment.main_dtype:
+                    yield name, piece.grad
+                elif self.reduced is not None and _is_marker(piece.grad):
+                    yield name, segment.part(self.reduced, i)
+
+    @contextmanager
+    def cast(self) -> Iterator[None]:
+        """While the context lasts, `.grad` of the pieces is the gradient in the main dtype."""
+        segment = self._segment
+        if self.dtype is segment.main_dtype or self.reduced is None:
+            yield
+            return
+        reduced = self.reduced
+        cast = [(i, piece) for i, piece in enumerate(segment.pieces) if _is_marker(piece.grad)]
+        for i, piece in cast:
+            piece.grad = segment.part(reduced, i).to(segment.main_dtype)
+        try:
+            yield
+        finally:
+            for _, piece in cast:
+                piece.grad = placeholder(piece, segment.main_dtype)
+
+    def leave_shared_memory(self) -> None:
+        """Give the pieces' gradients memory of this rank's own where they have had the node's."""
+        self.bucket = self.region = self.reduced = None
+        if self.home is not None and self.home.peers is not None:
+            self.home = None
+            for piece in self._segment.pieces:
+                if piece.grad is not None and not _is_marker(piece.grad):
+                    piece.grad = piece.grad.clone()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that hold gradients for longer than a moment."""
+        held = [buffer for buffer in (self.home,) if buffer is not None]
+        if self.bucket is not None and self._context.stage.gradient is Placement.REPLICATE:
+            held.append(self.bucket)
+        return sum(buffer.nbytes for buffer in {id(buffer): buffer for buffer in held}.values())
+
+
+def _is_marker(gradient: Tensor | None) -> bool:
+    """Whether a gradient waits in the reduce dtype: `zero_grad(set_to_none=False)` zeroes the NaN."""
+    if gradient is None:
+        return False
+    return not gradient.numel() or bool(gradient.as_strided((1,), (1,)).isnan())
