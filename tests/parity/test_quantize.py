@@ -8,10 +8,13 @@ from mpi4py import MPI
 from torch import nn
 
 import zerompi
+from harness.memory import ON_DEVICE
 from models import CASES, GPT, build, one_each, own_slice
 from test_report import by_label
 from test_stages import partitioned_losses
 from zerompi import Quantize
+
+pytestmark = pytest.mark.skipif(ON_DEVICE, reason="messages are quantized on the host only")
 
 LAYOUTS = [[2, 2], [3, 1], [1, 1, 1, 1], [2, 1], [1, 1], [4], [2], [1]]
 FITTING = [
