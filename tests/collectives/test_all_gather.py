@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, between_nodes, raw
+from collectives.samples import (
+    ALL_DTYPES,
+    NUMPY_DTYPES,
+    as_bytes,
+    between_nodes,
+    raw,
+    reads_neighbours,
+)
 from zerompi.collectives import all_gather
 from zerompi.collectives.all_gather import gather_blocks
 from zerompi.traffic import INTRA_NODE
@@ -95,7 +102,7 @@ def test_all_gather_enters_each_other_node_once(group, memory):
     # Once to each other group; what has entered this one so, and the own block, to its other nodes.
     once_each = topology.num_groups - 1
     once_each += (1 + entering) * (len(topology.nodes_of_group[own]) - 1)
-    if group.node is not None:  # counted where it is read
+    if reads_neighbours(group):  # counted where it is read
         handled = sum(topology.delegate(node, owner) == rank for owner in range(group.size))
         inter, intra = once_each, group.size - handled
     elif group.algorithm == "flat":

@@ -15,6 +15,7 @@ from collectives.samples import (
     between_nodes,
     documented_sum,
     numbers,
+    reads_neighbours,
 )
 from zerompi.collectives import reduce_scatter
 from zerompi.collectives.reduce_scatter import reduce_blocks
@@ -142,7 +143,7 @@ def test_one_partial_sum_per_node_and_block_leaves_a_node(group, memory):
     node = topology.node_of[rank]
     neighbours = len(topology.ranks_of_node[node]) - 1
     mine = sum(topology.delegate(node, owner) == rank for owner in range(group.size))
-    if group.node is not None:  # counted where it is read
+    if reads_neighbours(group):  # counted where it is read
         inter, intra = mine - 1, mine * neighbours
     elif group.algorithm == "flat":
         inter, intra = group.size - 1 - neighbours, neighbours
