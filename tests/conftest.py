@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from zlib import crc32
 
 import hypothesis
 import pytest
@@ -31,6 +32,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Join the ranks, once the terminal reporter is there."""
     if MPI.COMM_WORLD.size > 1:
         config.pluginmanager.register(ranks.RankAgreement(config), "rank-agreement")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--part K/N`: one of N runs that together run everything."""
+    parser.addoption("--part", default="1/1", help="run the K-th of N parts of the tests: K/N")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of other parts; all ranks alike."""
+    number, count = map(int, config.getoption("--part").split("/"))
+    parts: list[list[pytest.Item]] = [[] for _ in range(count)]
+    for item in items:  # not by position, which goes with the stage
+        parts[crc32(item.nodeid.encode()) % count].append(item)
+    items[:] = parts.pop(number - 1)
+    config.hook.pytest_deselected(items=[item for part in parts for item in part])
 
 
 @pytest.fixture

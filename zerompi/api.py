@@ -12,11 +12,12 @@ from mpi4py import MPI
 from torch import nn
 from torch.optim import Optimizer
 
-from zerompi import device, meta
+from zerompi import meta
 from zerompi.collectives.buffer import give_back_heap
 from zerompi.collectives.group import Group
 from zerompi.comm_thread import CommThread
 from zerompi.context import Context
+from zerompi.device import holds, is_installed, space_of
 from zerompi.errors import MismatchError
 from zerompi.launch import check_world
 from zerompi.memory import HOST, Space
@@ -47,6 +48,7 @@ class _Arguments:
     quantize: Quantize | None
     nonfinite: NonFinite
     refresh: RefreshTime
+    device: torch.device | None
 
 
 def partition(
@@ -63,6 +65,7 @@ def partition(
     nonfinite: NonFinite = "raise",
     refresh: RefreshTime = "eager",
     topology: Topology | None = None,
+    device: torch.device | None = None,
 ) -> Zero:
     """Partition a model and its optimizer over the ranks of `comm`.
 
@@ -94,6 +97,8 @@ def partition(
             "ahead": beside the next forward, in which each unit waits for its own; until then they read as
             NaN outside of the model's forward, as parameters do at stage 3, except inside `gathered`.
         topology: override of the discovered node layout.
+        device: where parameters on the meta device get their values, if all are on it: the host, or one of
+            torch.cuda; None is the host. Else they go where the others are.
 
     Raises:
         TypeError, ValueError: a wrong argument; on every rank, before anything is changed.
@@ -117,13 +122,14 @@ def partition(
         quantize,
         nonfinite,
         refresh,
+        device,
     )
     try:
         plans = _agree(arguments, world)
     except BaseException:
         world.close()
         raise
-    world.space = _space(model)
+    world.space = _space(model, device)
     precision = mixed_precision or MixedPrecision()
     shard_group, replica_group = _split(world, shard_ranks, stage)
     thread = CommThread(is_wanted=world.size > 1)
@@ -194,13 +200,13 @@ def _check(arguments: _Arguments, world: Group) -> None:
             )
         if parameter.device.type not in ("cpu", "cuda", "meta"):
             raise ValueError(f"model: expected {name} on cpu, cuda or meta, got {parameter.device}")
-        if parameter.is_cuda and not device.is_installed():
+        if parameter.is_cuda and not is_installed():
             raise ValueError(
                 f"model: expected CuPy for {name} on {parameter.device}, got none; install "
                 "'zerompi[cuda12]' or 'zerompi[cuda13]', or CuPy for ROCm"
             )
         is_somewhere = bool(parameter.numel()) and not parameter.is_meta
-        if is_somewhere and device.space_of(parameter) != _space(arguments.model):
+        if is_somewhere and space_of(parameter) != _space(arguments.model):
             raise ValueError(
                 f"model: expected all parameters in one kind of memory, got {name} on "
                 f"{_place(parameter)}, others elsewhere"
@@ -218,6 +224,11 @@ def _check(arguments: _Arguments, world: Group) -> None:
                 f"model: expected embeddings without max_norm, got {name}, which changes its weight "
                 "in every forward on the rows that a rank has used"
             )
+    place = arguments.device
+    if place is not None and not (
+        isinstance(place, torch.device) and place.type in ("cpu", "cuda")
+    ):
+        raise ValueError(f"device: expected a torch.device, cpu or cuda, or None, got {place!r}")
     _shard_size(world.topology, arguments.shard_ranks)
     if not isinstance(arguments.node_cache, bool):
         raise TypeError(f"node_cache: expected True or False, got {arguments.node_cache!r}")
@@ -256,14 +267,16 @@ def _check_quantize(arguments: _Arguments) -> None:
         )
 
 
-def _space(model: nn.Module) -> Space:
-    """Where the first parameter lies: there the buffers will be."""
+def _space(model: nn.Module, device: torch.device | None = None) -> Space:
+    """Where the first parameter lies: there the buffers will be. `device`: where there is none."""
     first = next((p for p in model.parameters() if not p.is_meta and p.numel()), None)
-    return HOST if first is None else device.space_of(first)
+    if first is not None:
+        return space_of(first)
+    return HOST if device is None else Space(device, is_device=device.type != "cpu")
 
 
 def _place(parameter: nn.Parameter) -> str:
-    if not parameter.is_cuda and device.holds(parameter):
+    if not parameter.is_cuda and holds(parameter):
         return "cpu, over memory of a device"
     return parameter.device.type
 

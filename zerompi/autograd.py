@@ -26,6 +26,8 @@ Sums are those of `zerompi.collectives.reduce_scatter`: in rank order, narrow dt
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -177,8 +179,6 @@ def _apply(
     needed = torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad
     flags = contract.agreed_signature(group, operation, check, int(needed))
     source = tensor.contiguous().resolve_conj().resolve_neg()
-    if device.holds(source) and not source.is_cuda:
-        source = source.clone()  # on the host, where torch puts results
     if any(flags) and not needed:
         source = source.detach().requires_grad_()
     result: Tensor = function.apply(source, group, *settings.values())
@@ -198,6 +198,14 @@ def _equal_blocks(numel: int, group: Group) -> tuple[Range, ...]:
     return FlatLayout([(numel,)], group.size).shard_ranges
 
 
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A new tensor in the memory in which `like` lies."""
+    space = device.space_of(like)
+    if like.is_cuda or not space.is_device:
+        return like.new_empty(shape)
+    return device.allocate(math.prod(shape), like.dtype, space).view(shape)
+
+
 # -- the functions of autograd -----------------------------------------------------------------
 
 
@@ -205,7 +213,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        result = tensor.new_empty((tensor.shape[0] * group.size, *tensor.shape[1:]))
+        result = _empty(tensor, (tensor.shape[0] * group.size, *tensor.shape[1:]))
         full = result.view(-1)
         ranges = _equal_blocks(full.numel(), group)
         copy_values(full[slice(*ranges[group.rank])], tensor.detach().view(-1))
@@ -221,7 +229,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group, op: str) -> Tensor:
         ctx.group, ctx.op = group, op
-        result = tensor.new_empty((tensor.shape[0] // group.size, *tensor.shape[1:]))
+        result = _empty(tensor, (tensor.shape[0] // group.size, *tensor.shape[1:]))
         full = tensor.detach().view(-1)
         ranges = _equal_blocks(full.numel(), group)
         reduce_blocks(full, result.view(-1), ranges, group, scale=contract.scale_of(op, group))
@@ -239,7 +247,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group, op: str) -> Tensor:
         ctx.group, ctx.op = group, op
-        result = tensor.detach().clone()
+        result = _empty(tensor, tensor.shape).copy_(tensor.detach())
         full = result.view(-1)
         ranges = _equal_blocks(full.numel(), group)
         reduce_all(full, ranges, group, scale=contract.scale_of(op, group))
@@ -254,7 +262,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        result = torch.empty_like(tensor)
+        result = _empty(tensor, tensor.shape)
         swap_blocks(tensor.detach().view(-1), result.view(-1), group)
         return result
 
@@ -267,7 +275,7 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group, root: int) -> Tensor:
         ctx.group, ctx.root = group, root
-        result = torch.empty_like(tensor)
+        result = _empty(tensor, tensor.shape)
         if group.rank == root:
             copy_values(result.view(-1), tensor.detach().view(-1))
         spread(result.view(-1), group, root)
@@ -285,7 +293,7 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group, root: int) -> Tensor:
         ctx.group, ctx.root = group, root
-        result = tensor.detach().clone()
+        result = _empty(tensor, tensor.shape).copy_(tensor.detach())
         reduce_to_root(result.view(-1), group, root)
         return result if group.rank == root else result.zero_()
 

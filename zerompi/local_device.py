@@ -14,7 +14,7 @@ from zerompi.launch import local_rank
 _SWITCH = "ZEROMPI_SHARE_DEVICES"
 
 
-def use_device(comm: MPI.Intracomm | None = None) -> int:
+def use_device(comm: MPI.Intracomm | None = None, *, share: bool = False) -> int:
     """Make one of the node's devices this rank's, for torch.cuda and CuPy; return its number.
 
     Collective: every rank of `comm` calls this, before it puts anything on a device. Only devices that
@@ -23,15 +23,17 @@ def use_device(comm: MPI.Intracomm | None = None) -> int:
 
     Args:
         comm: the ranks that must have different devices; None is COMM_WORLD.
+        share: let several ranks have the same one; so does the environment variable
+            ZEROMPI_SHARE_DEVICES=1.
 
     Raises:
-        ZerompiError: a rank sees no device, or two ranks have got the same one and the environment
-            variable ZEROMPI_SHARE_DEVICES is not 1; on every rank, before any device is used.
+        ZerompiError: a rank sees no device, or two ranks have got the same one and may not share it; on
+            every rank, before any device is used.
     """
     comm = MPI.COMM_WORLD if comm is None else comm
     number, identity = _choose(comm)
     answers = comm.allgather((socket.gethostname(), identity))
-    _check(answers)
+    _check(answers, share=share or os.environ.get(_SWITCH) == "1")
     device.use(number)
     return number
 
@@ -49,7 +51,7 @@ def _choose(comm: MPI.Intracomm) -> tuple[int, str | None]:
     return number, device.identity(number)
 
 
-def _check(answers: list[tuple[str, str | None]]) -> None:
+def _check(answers: list[tuple[str, str | None]], *, share: bool) -> None:
     blind = [rank for rank, (_, identity) in enumerate(answers) if identity is None]
     if blind:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -58,7 +60,7 @@ def _check(answers: list[tuple[str, str | None]]) -> None:
             f"first rank {blind[0]} on {answers[blind[0]][0]} (here CUDA_VISIBLE_DEVICES is "
             f"{visible!r}, CuPy {'installed' if device.is_installed() else 'not installed'})"
         )
-    if os.environ.get(_SWITCH) == "1":
+    if share:
         return
     users: dict[tuple[str, str | None], int] = {}
     for rank, place in enumerate(answers):

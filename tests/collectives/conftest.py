@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 from mpi4py import MPI
 
 import zerompi
 from collectives.samples import LAYOUTS
+from harness.memory import ON_DEVICE, UNDER_TEST, Memory
 from zerompi.collectives import Group
 
 
@@ -58,3 +60,22 @@ def flat(comm: MPI.Intracomm) -> Iterator[Group]:
     made = Group(comm, algorithm="flat")
     yield made
     made.close()
+
+
+@pytest.fixture
+def memory() -> Memory:
+    """Where tests put what they communicate."""
+    return UNDER_TEST
+
+
+@pytest.fixture
+def xp() -> ModuleType:
+    """NumPy, or CuPy where the memory is a device's."""
+    if not ON_DEVICE:
+        import numpy
+
+        return numpy
+    import cupy
+    import cupy.testing
+
+    return cupy

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.memory import ON_DEVICE
 from zerompi.collectives import Group
 from zerompi.dtypes import accumulate_dtype
 from zerompi.traffic import INTER_GROUP, INTER_NODE
@@ -113,6 +114,11 @@ def plain_sum(summands: list[Tensor], scale: float = 1.0) -> Tensor:
     for summand in summands[1:]:
         total = total + summand.to(total.dtype)
     return (total * scale if scale != 1.0 else total).to(dtype)
+
+
+def reads_neighbours(group: Group) -> bool:
+    """Whether ranks of a node read each other's blocks, so that no message is sent inside it."""
+    return (group.transport().node if ON_DEVICE else group.node) is not None
 
 
 def between_nodes(group: Group, label: str) -> int:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, between_nodes, raw
-from harness.memory import each_memory
 from zerompi.collectives import all_to_all
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-def test_all_to_all_moves_every_bit_of_every_dtype(flat, dtype):
+def test_all_to_all_moves_every_bit_of_every_dtype(flat, dtype, memory):
     n = 3
-    send = [raw(dtype, n * flat.size, rank) for rank in range(flat.size)]
-    recv = raw(dtype, n * flat.size, 77)
-    all_to_all(send[flat.rank], recv, flat)
+    values = [raw(dtype, n * flat.size, rank) for rank in range(flat.size)]
+    send, recv = memory.put(values[flat.rank]), memory.put(raw(dtype, n * flat.size, 77))
+    all_to_all(send, recv, flat)
     own = slice(flat.rank * n, (flat.rank + 1) * n)
-    assert as_bytes(recv) == b"".join(as_bytes(part[own]) for part in send)
-    assert as_bytes(send[flat.rank]) == as_bytes(raw(dtype, n * flat.size, flat.rank))
+    assert as_bytes(memory.get(recv)) == b"".join(as_bytes(part[own]) for part in values)
+    assert as_bytes(memory.get(send)) == as_bytes(raw(dtype, n * flat.size, flat.rank))
 
 
-@each_memory
 def test_all_to_all_transposes_over_every_layout(group, memory):
     send = torch.arange(group.size) + 10 * group.rank
     recv = memory.put(torch.empty_like(send))
@@ -31,21 +28,22 @@ def test_all_to_all_transposes_over_every_layout(group, memory):
 
 
 @pytest.mark.parametrize("code", NUMPY_DTYPES)
-def test_all_to_all_takes_numpy_arrays(flat, code):
-    send = np.full((flat.size, 2), flat.rank, dtype=code)
-    recv = np.empty((flat.size, 2), dtype=code)
+def test_all_to_all_takes_arrays(flat, code, xp):
+    send = xp.full((flat.size, 2), flat.rank, dtype=code)
+    recv = xp.empty((flat.size, 2), dtype=code)
     all_to_all(send, recv, flat)
-    expected = np.repeat(np.arange(flat.size), 2).reshape(flat.size, 2).astype(code)
-    np.testing.assert_array_equal(recv, expected)
+    expected = xp.repeat(xp.arange(flat.size), 2).reshape(flat.size, 2).astype(code)
+    xp.testing.assert_array_equal(recv, expected)
 
 
-def test_all_to_all_of_nothing_sends_nothing(group):
-    all_to_all(torch.empty(0), torch.empty(0, 2), group)
+def test_all_to_all_of_nothing_sends_nothing(group, memory):
+    all_to_all(memory.put(torch.empty(0)), memory.put(torch.empty(0, 2)), group)
     assert group.traffic.total("all_to_all") == 0
 
 
-def test_all_to_all_sends_each_block_once(group):
-    all_to_all(torch.zeros(5 * group.size), torch.zeros(5 * group.size), group)
+def test_all_to_all_sends_each_block_once(group, memory):
+    send, recv = torch.zeros(5 * group.size), torch.zeros(5 * group.size)
+    all_to_all(memory.put(send), memory.put(recv), group)
     assert group.traffic.total("all_to_all") == (group.size - 1) * 5 * 4
     others = sum(not group.topology.same_node(group.rank, peer) for peer in range(group.size))
     assert between_nodes(group, "all_to_all") == others * 5 * 4

@@ -7,9 +7,20 @@ import torch
 
 import zerompi
 from collectives.samples import ALL_DTYPES, as_bytes, documented_sum, numbers, raw
+from harness.memory import ON_DEVICE, apply_on_device, host_may_touch
 from zerompi import autograd
 
 N = 2  # elements along dim 0 of a block
+
+
+@pytest.fixture(autouse=True)
+def _memory_under_test(monkeypatch):
+    if not ON_DEVICE:
+        yield
+        return
+    monkeypatch.setattr(autograd, "_apply", apply_on_device(autograd._apply))
+    with host_may_touch(monkeypatch):
+        yield
 
 
 class Take(torch.autograd.Function):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, documented_sum, numbers, raw
-from harness.memory import each_memory
 from zerompi.collectives import broadcast
 from zerompi.collectives.reduce import reduce_to_root
 
@@ -15,14 +13,13 @@ LARGE = 20_001  # float32: more than what the root sends to everyone by itself
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-def test_broadcast_moves_every_bit_of_every_dtype(flat, dtype):
+def test_broadcast_moves_every_bit_of_every_dtype(flat, dtype, memory):
     root = flat.size - 1
-    recv = raw(dtype, 5, 77)
-    broadcast(raw(dtype, 5, flat.rank), recv, flat, root=root)
-    assert as_bytes(recv) == as_bytes(raw(dtype, 5, root))
+    recv = memory.put(raw(dtype, 5, 77))
+    broadcast(memory.put(raw(dtype, 5, flat.rank)), recv, flat, root=root)
+    assert as_bytes(memory.get(recv)) == as_bytes(raw(dtype, 5, root))
 
 
-@each_memory
 @pytest.mark.parametrize("numel", [1, 7, LARGE])
 def test_broadcast_from_every_root(group, numel, memory):
     for root in range(group.size):
@@ -33,40 +30,40 @@ def test_broadcast_from_every_root(group, numel, memory):
 
 
 @pytest.mark.parametrize("numel", [3, LARGE])
-def test_broadcast_in_place(group, numel):
-    own = numbers(torch.float32, numel, group.rank)
+def test_broadcast_in_place(group, numel, memory):
+    own = memory.put(numbers(torch.float32, numel, group.rank))
     broadcast(own, own, group)
-    assert torch.equal(own, numbers(torch.float32, numel, 0))
+    assert torch.equal(memory.get(own), numbers(torch.float32, numel, 0))
 
 
 @pytest.mark.parametrize("code", NUMPY_DTYPES)
-def test_broadcast_takes_numpy_arrays(flat, code):
-    send = np.full((2, 3), flat.rank + 1, dtype=code)
-    recv = np.zeros((2, 3), dtype=code)
+def test_broadcast_takes_arrays(flat, code, xp):
+    send = xp.full((2, 3), flat.rank + 1, dtype=code)
+    recv = xp.zeros((2, 3), dtype=code)
     broadcast(send, recv, flat)
-    np.testing.assert_array_equal(recv, np.ones((2, 3), dtype=code))
+    xp.testing.assert_array_equal(recv, xp.ones((2, 3), dtype=code))
 
 
-def test_broadcast_of_a_scalar(group):
-    recv = torch.tensor(-1)
-    broadcast(torch.tensor(group.rank + 5), recv, group)
-    assert recv.item() == 5
+def test_broadcast_of_a_scalar(group, memory):
+    recv = memory.put(torch.tensor(-1))
+    broadcast(memory.put(torch.tensor(group.rank + 5)), recv, group)
+    assert memory.get(recv).item() == 5
 
 
-def test_broadcast_of_nothing_sends_nothing(group):
-    broadcast(torch.empty(0), torch.empty(0), group)
+def test_broadcast_of_nothing_sends_nothing(group, memory):
+    broadcast(memory.put(torch.empty(0)), memory.put(torch.empty(0)), group)
     assert group.traffic.total("broadcast") == 0
 
 
-def test_only_the_root_sends_a_small_broadcast(group):
-    broadcast(torch.zeros(10), torch.zeros(10), group)
+def test_only_the_root_sends_a_small_broadcast(group, memory):
+    broadcast(memory.put(torch.zeros(10)), memory.put(torch.zeros(10)), group)
     expected = (group.size - 1) * 40 if group.rank == 0 else 0
     assert group.traffic.total("broadcast") == expected
 
 
-def test_a_large_broadcast_is_a_scatter_and_an_all_gather(flat):
+def test_a_large_broadcast_is_a_scatter_and_an_all_gather(flat, memory):
     numel, size = 10_000 * flat.size, flat.size
-    full = torch.zeros(numel, dtype=torch.float64)
+    full = memory.put(torch.zeros(numel, dtype=torch.float64))
     broadcast(full, full, flat)
     block = full.nbytes // size
     scattered = (size - 1) * block if flat.rank == 0 else 0
@@ -74,7 +71,6 @@ def test_a_large_broadcast_is_a_scatter_and_an_all_gather(flat):
     assert flat.traffic.total("broadcast") == scattered + gathered
 
 
-@each_memory
 @pytest.mark.parametrize("numel", [0, 1, 7, LARGE])
 def test_reduce_brings_the_documented_sum_to_the_root(group, numel, memory):
     values = [numbers(torch.float32, numel, rank) for rank in range(group.size)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import zerompi
+from harness.memory import UNDER_TEST
 from zerompi.bench.collectives import Result, choice_rows, measure
 from zerompi.collectives import Group, all_gather, choice, reduce_scatter
 
@@ -23,10 +24,11 @@ def free_choice(monkeypatch):
 def inter_node(group, collective, numel):
     """Bytes that all ranks send between nodes, of blocks of `numel` elements."""
     before = group.traffic.snapshot()
-    full, own = torch.ones(numel * group.size), torch.ones(numel)
+    full = UNDER_TEST.put(torch.ones(numel * group.size))
+    own = UNDER_TEST.put(torch.ones(numel))
     if collective == "reduce_scatter":
         reduce_scatter(full, own, group)
-        assert own.eq(group.size).all()
+        assert UNDER_TEST.get(own).eq(group.size).all()
     else:
         all_gather(own, full, group)
     sent = group.traffic.difference(before)[collective].get("inter_node", 0)

@@ -8,7 +8,7 @@ import torch
 from mpi4py import MPI
 
 import zerompi
-from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, DeviceMemory
+from harness.memory import HAS_DEVICE, UNDER_TEST, WITHOUT_DEVICE, DeviceMemory
 from zerompi.collectives import (
     Group,
     all_gather,
@@ -22,6 +22,10 @@ from zerompi.collectives import (
 SAME_SIZE = [all_reduce, all_to_all, broadcast]
 
 
+def zeros(numel, dtype=torch.float32):
+    return UNDER_TEST.put(torch.zeros(numel, dtype=dtype))
+
+
 def read_only(array):
     array.flags.writeable = False
     return array
@@ -33,9 +37,9 @@ def expect(group, call, error, message):
     with pytest.raises(error, match=message):
         call()
     assert set(group.traffic.difference(before)) <= {"header"}
-    own = torch.ones(1)
+    own = UNDER_TEST.put(torch.ones(1))
     all_reduce(own, own, group)
-    assert own.item() == group.size
+    assert UNDER_TEST.get(own).item() == group.size
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized tensor:UserWarning")
@@ -86,14 +90,14 @@ def test_a_read_only_receive_array_is_refused(flat, operation):
 
 @pytest.mark.parametrize("operation", SAME_SIZE)
 def test_overlapping_buffers_are_refused(flat, operation):
-    memory = torch.zeros(4 * flat.size)
+    memory = UNDER_TEST.put(torch.zeros(4 * flat.size))
     n = 2 * flat.size
     call = lambda: operation(memory[:n], memory[1 : n + 1], flat)  # noqa: E731
     expect(flat, call, ValueError, "recv: expected memory apart from send, .* overlap")
 
 
 def test_all_to_all_has_no_in_place_form(flat):
-    own = torch.zeros(flat.size)
+    own = UNDER_TEST.put(torch.zeros(flat.size))
     expect(flat, lambda: all_to_all(own, own, flat), ValueError, "there is no in-place form")
 
 
@@ -102,13 +106,13 @@ def test_wrong_sizes_of_blocks_are_refused(flat):
     wrong = f"expected {2 * size} elements .*, got {2 * size + 1}"
     expect(
         flat,
-        lambda: all_gather(torch.zeros(2), torch.zeros(2 * size + 1), flat),
+        lambda: all_gather(zeros(2), zeros(2 * size + 1), flat),
         ValueError,
         f"recv: {wrong}",
     )
     expect(
         flat,
-        lambda: reduce_scatter(torch.zeros(2 * size + 1), torch.zeros(2), flat),
+        lambda: reduce_scatter(zeros(2 * size + 1), zeros(2), flat),
         ValueError,
         f"send: {wrong}",
     )
@@ -117,7 +121,7 @@ def test_wrong_sizes_of_blocks_are_refused(flat):
 def test_a_send_that_is_another_ranks_block_is_refused(flat):
     if flat.size == 1:
         pytest.skip("needs another rank's block")
-    full = torch.zeros(flat.size, 3)
+    full = UNDER_TEST.put(torch.zeros(flat.size, 3))
     other = full[(flat.rank + 1) % flat.size]
     expect(flat, lambda: all_gather(other, full, flat), ValueError, "overlap")
     expect(flat, lambda: reduce_scatter(full, other, flat), ValueError, "overlap")
@@ -129,7 +133,7 @@ def test_all_to_all_refuses_a_size_that_does_not_divide(flat):
     n = flat.size + 1
     expect(
         flat,
-        lambda: all_to_all(torch.zeros(n), torch.zeros(n), flat),
+        lambda: all_to_all(zeros(n), zeros(n), flat),
         ValueError,
         f"send: expected a multiple of {flat.size} elements, got {n}",
     )
@@ -137,7 +141,7 @@ def test_all_to_all_refuses_a_size_that_does_not_divide(flat):
 
 @pytest.mark.parametrize("root", [-1, 99, True, 0.0, None])
 def test_a_wrong_root_is_refused(flat, root):
-    own = torch.zeros(2)
+    own = UNDER_TEST.put(torch.zeros(2))
     expect(
         flat, lambda: broadcast(own, own, flat, root=root), ValueError, "root: expected a rank from"
     )
@@ -147,7 +151,7 @@ def test_a_wrong_root_is_refused(flat, root):
 def test_wrong_reductions_are_refused(flat, operation):
     def call(dtype, op):
         numel = 1 if operation is all_reduce else flat.size
-        operation(torch.zeros(numel, dtype=dtype), torch.zeros(1, dtype=dtype), flat, op=op)
+        operation(zeros(numel, dtype), zeros(1, dtype), flat, op=op)
 
     expect(flat, lambda: call(torch.float32, "max"), ValueError, "op: expected 'sum' or 'mean'")
     expect(flat, lambda: call(torch.int64, "mean"), TypeError, "op: expected 'sum' for torch.int64")
@@ -177,7 +181,7 @@ def test_ranks_that_disagree_on_size_all_hear_of_both(flat, operation):
     n = flat.size * (3 if flat.rank == 1 else 2)
     expect(
         flat,
-        lambda: operation(torch.zeros(n), torch.zeros(n), flat),
+        lambda: operation(zeros(n), zeros(n), flat),
         zerompi.MismatchError,
         f"rank.* 0.*{2 * flat.size} elements.*; rank 1: .*{3 * flat.size} elements",
     )
@@ -188,15 +192,12 @@ def test_ranks_that_disagree_on_dtype_op_root_or_operation_all_hear_of_both(flat
         pytest.skip("needs ranks that disagree")
     last = flat.rank == flat.size - 1
     dtype = torch.float64 if last else torch.float32
-    own = torch.zeros(1, dtype=dtype)
+    own, same = zeros(1, dtype), zeros(1)
     cases = [
         (lambda: all_reduce(own, own, flat), "torch.float32.*torch.float64"),
-        (lambda: all_reduce(own.float(), own.float(), flat, op="mean" if last else "sum"), "op="),
-        (lambda: broadcast(own.float(), own.float(), flat, root=int(last)), "root=0.*root=1"),
-        (
-            lambda: (broadcast if last else all_reduce)(own.float(), own.float(), flat),
-            "all_reduce.*broadcast",
-        ),
+        (lambda: all_reduce(same, same, flat, op="mean" if last else "sum"), "op="),
+        (lambda: broadcast(same, same, flat, root=int(last)), "root=0.*root=1"),
+        (lambda: (broadcast if last else all_reduce)(same, same, flat), "all_reduce.*broadcast"),
     ]
     for call, message in cases:
         expect(flat, call, zerompi.MismatchError, f"ranks disagree.*{message}")
@@ -210,7 +211,7 @@ def test_a_refusal_on_one_rank_reaches_the_others(flat):
         expected = (ValueError, r"recv: expected 3 elements \(as send has\), got 2")
     else:
         expected = (zerompi.MismatchError, "rank 0: refusal of all_reduce: recv: expected 3")
-    expect(flat, lambda: all_reduce(torch.zeros(numel), torch.zeros(2), flat), *expected)
+    expect(flat, lambda: all_reduce(zeros(numel), zeros(2), flat), *expected)
 
 
 def test_an_unforeseen_error_of_a_check_reaches_the_others_too(flat):

@@ -66,24 +66,24 @@ def test_what_is_no_communicator_is_refused(comm_like):
         Group(comm_like)
 
 
-def test_the_callers_messages_never_meet_ours(comm):
+def test_the_callers_messages_never_meet_ours(comm, memory):
     group = Group(comm)
     peer = (comm.rank + 1) % comm.size
     request = comm.isend("mine", peer)
-    own = torch.ones(10)
+    own = memory.put(torch.ones(10))
     all_reduce(own, own, group)
     assert comm.recv() == "mine"
     request.wait()
-    assert own[0].item() == comm.size
+    assert memory.get(own)[0].item() == comm.size
     group.close()
 
 
-def test_a_group_of_this_rank_alone():
+def test_a_group_of_this_rank_alone(memory):
     group = Group(MPI.COMM_SELF)
-    recv = torch.empty(3)
-    all_gather(torch.arange(3.0), recv, group)
+    recv = memory.put(torch.empty(3))
+    all_gather(memory.put(torch.arange(3.0)), recv, group)
     all_reduce(recv, recv, group, op="mean")
-    assert recv.tolist() == [0.0, 1.0, 2.0]
+    assert memory.get(recv).tolist() == [0.0, 1.0, 2.0]
     assert group.traffic.snapshot() == {}
     group.close()
 
@@ -104,26 +104,26 @@ def test_disagreement_names_every_side(flat):
         flat.agree("right" if flat.rank == 1 else "left")
 
 
-def test_split_numbers_ranks_in_the_order_of_the_list(group):
+def test_split_numbers_ranks_in_the_order_of_the_list(group, memory):
     backwards = list(range(group.size))[::-1]
     turned = group.split([backwards])
     assert turned.rank == group.size - 1 - group.rank
     assert turned.topology.node_of == group.topology.restrict(backwards).node_of
-    recv = torch.empty(group.size, dtype=torch.int64)
-    all_gather(torch.tensor([group.rank]), recv, turned)
-    assert recv.tolist() == backwards
+    recv = memory.put(torch.empty(group.size, dtype=torch.int64))
+    all_gather(memory.put(torch.tensor([group.rank])), recv, turned)
+    assert memory.get(recv).tolist() == backwards
     turned.close()
 
 
-def test_split_groups_work_side_by_side_and_share_counters(group):
+def test_split_groups_work_side_by_side_and_share_counters(group, memory):
     needs(4, group.comm)
     pairs = [[0, 3], [2, 1]]
     half = group.split(pairs)
     own = next(pair for pair in pairs if group.rank in pair)
     values = [numbers(torch.float32, 9, rank) for rank in own]
-    recv = torch.empty(9)
-    all_reduce(values[half.rank], recv, half)
-    assert torch.equal(recv, documented_sum(values, half))
+    recv = memory.put(torch.empty(9))
+    all_reduce(memory.put(values[half.rank]), recv, half)
+    assert torch.equal(memory.get(recv), documented_sum(values, half))
     assert group.traffic.total("all_reduce") > 0
     assert half.traffic is group.traffic
     half.close()
@@ -137,13 +137,13 @@ def test_split_refuses_lists_that_do_not_hold_each_rank_once(flat, lists):
         flat.split(lists)
 
 
-def test_groups_side_by_side_do_not_meet(comm):
+def test_groups_side_by_side_do_not_meet(comm, memory):
     groups = [Group(comm) for _ in range(3)]
-    recv = [torch.empty(comm.size) for _ in groups]
+    recv = [memory.put(torch.empty(comm.size)) for _ in groups]
     for i, group in enumerate(groups):
-        all_gather(torch.tensor([10.0 * i + comm.rank]), recv[i], group)
+        all_gather(memory.put(torch.tensor([10.0 * i + comm.rank])), recv[i], group)
     for i, values in enumerate(recv):
-        assert values.tolist() == [10.0 * i + rank for rank in range(comm.size)]
+        assert memory.get(values).tolist() == [10.0 * i + rank for rank in range(comm.size)]
     for group in groups[::-1]:
         group.close()
 
@@ -157,27 +157,28 @@ def test_close_twice_is_allowed(comm):
 
 @pytest.mark.parametrize("limit", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
-def test_long_messages_travel_in_parts(group, monkeypatch, limit, dtype):
+def test_long_messages_travel_in_parts(group, monkeypatch, limit, dtype, memory):
     monkeypatch.setattr(group_module, "_MAX_MESSAGE_NBYTES", limit)
-    recv = torch.empty(5 * group.size, dtype=dtype)
-    all_gather(raw(dtype, 5, group.rank), recv, group)
-    assert as_bytes(recv) == b"".join(as_bytes(raw(dtype, 5, r)) for r in range(group.size))
+    recv = memory.put(torch.empty(5 * group.size, dtype=dtype))
+    all_gather(memory.put(raw(dtype, 5, group.rank)), recv, group)
+    gathered = b"".join(as_bytes(raw(dtype, 5, r)) for r in range(group.size))
+    assert as_bytes(memory.get(recv)) == gathered
     values = [numbers(dtype, 5, rank) for rank in range(group.size)]
-    all_reduce(values[group.rank], values[group.rank], group)
-    expected = [numbers(dtype, 5, rank) for rank in range(group.size)]
-    assert torch.equal(values[group.rank], documented_sum(expected, group))
+    own = memory.put(values[group.rank].clone())
+    all_reduce(own, own, group)
+    assert torch.equal(memory.get(own), documented_sum(values, group))
 
 
-def test_few_peers_in_flight_at_a_time_change_nothing(group, monkeypatch):
+def test_few_peers_in_flight_at_a_time_change_nothing(group, monkeypatch, memory):
     monkeypatch.setattr(group_module, "_PEERS_IN_FLIGHT", 1)
     values = [numbers(torch.float32, 20, rank) for rank in range(group.size)]
-    own = values[group.rank].clone()
+    own = memory.put(values[group.rank].clone())
     all_reduce(own, own, group)
-    assert torch.equal(own, documented_sum(values, group))
+    assert torch.equal(memory.get(own), documented_sum(values, group))
 
 
-def test_messages_are_counted(flat):
-    all_gather(torch.zeros(2), torch.zeros(2 * flat.size), flat)
+def test_messages_are_counted(flat, memory):
+    all_gather(memory.put(torch.zeros(2)), memory.put(torch.zeros(2 * flat.size)), flat)
     assert flat.traffic.messages == 2 * (flat.size - 1)  # headers and blocks
     levels = flat.traffic.snapshot().get("all_gather", {})
     assert levels == ({INTRA_NODE: 8 * (flat.size - 1)} if flat.size > 1 else {})

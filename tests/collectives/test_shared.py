@@ -10,10 +10,13 @@ import pytest
 import torch
 
 import zerompi
+from harness.memory import ON_DEVICE
 from zerompi.collectives import Group, all_reduce, reduce_scatter
 from zerompi.collectives import shared as shared_module
 from zerompi.collectives.reduce_scatter import reduce_blocks
 from zerompi.collectives.shared import Window
+
+pytestmark = pytest.mark.skipif(ON_DEVICE, reason="about memory of the host that ranks share")
 
 
 @pytest.fixture

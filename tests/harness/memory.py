@@ -1,28 +1,32 @@
-"""Kinds of memory that tests put their numbers in: the host's, and a device's where there is one."""
+"""Kinds of memory that tests put their numbers in: the host's, and a device's where there is one.
+
+ZEROMPI_TEST_MEMORY=device lets the whole tiers of collectives and of parity run in the memory of a
+device that the host can address, as an emulated one's is: torch computes there on the host, and
+zerompi has device buffers. Without it they run on the host.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zerompi import device
-from zerompi.collectives.node import DeviceNode
-from zerompi.collectives.transport import Staged
-from zerompi.memory import HOST, Space
+from zerompi.memory import HOST, DeviceArray, Space
 
 # Device memory that the host addresses: what an emulated device, and some hardware, has.
 ADDRESSABLE = Space(HOST.device, is_device=True)
 
 WITHOUT_DEVICE = "needs CuPy and a device, perhaps an emulated one"
 HAS_DEVICE = device.count() > 0
+ON_DEVICE = os.environ.get("ZEROMPI_TEST_MEMORY", "host") == "device"
 
 
 def synchronise() -> None:
@@ -34,7 +38,7 @@ def synchronise() -> None:
 
 @contextmanager
 def host_may_touch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Where an emulator protects device pages: open them, but not while buffers are sent.
+    """Where an emulator protects device pages: open them, but not while a collective runs.
 
     One thread only then: the other one would compute while they are closed.
     """
@@ -47,25 +51,75 @@ def host_may_touch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
         return
     monkeypatch.setenv("ZEROMPI_COMM_THREAD", "0")
+    ordered = device.ordered
 
-    def closed(function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def call(*args: Any) -> Any:
+    @contextmanager
+    def closed(arrays: Sequence[DeviceArray]) -> Iterator[None]:
+        is_inner = device._lanes.is_ordered
+        if not is_inner:
             allow(0)
-            try:
-                return function(*args)
-            finally:
+        try:
+            with ordered(arrays):
+                yield
+        finally:
+            if not is_inner:
                 allow(1)
 
-        return call
-
-    monkeypatch.setattr(Staged, "exchange", closed(Staged.exchange))
-    monkeypatch.setattr(DeviceNode, "cross", closed(DeviceNode.cross))
+    monkeypatch.setattr(device, "ordered", closed)
     allow(1)
     try:
         yield
     finally:
         allow(0)
+
+
+def move(model: nn.Module) -> None:
+    """Put parameters, gradients and buffers that are on the host into device memory."""
+    memory = DeviceMemory()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        for each in (tensor, tensor.grad):
+            if each is not None and each.device.type == "cpu" and not device.holds(each):
+                each.data = memory.put_tensor(each.detach())
+    synchronise()
+
+
+def on_device(partition: Callable[..., Any]) -> Callable[..., Any]:
+    """`zerompi.partition` of models whose parameters are moved to the device first."""
+
+    @wraps(partition)
+    def moved(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model, nn.Module):
+            move(model)
+        return partition(model, *args, **kwargs)
+
+    return moved
+
+
+class _Moved(torch.autograd.Function):
+    """The values in device memory."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        moved = DeviceMemory().put_tensor(tensor.detach().resolve_conj().resolve_neg())
+        synchronise()  # torch reads it, too
+        return moved
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0]
+
+
+def apply_on_device(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`zerompi.autograd._apply`, through which all go, to tensors that are moved to the device first."""
+
+    @wraps(apply)
+    def moved(function: Any, operation: str, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        is_plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        if is_plain and tensor.device.type == "cpu":
+            tensor = _Moved.apply(tensor)
+        return apply(function, operation, tensor, *args, **kwargs)
+
+    return moved
 
 
 class HostMemory:
@@ -122,15 +176,4 @@ class DeviceMemory:
 
 
 Memory = HostMemory | DeviceMemory
-
-each_memory = pytest.mark.parametrize(
-    "memory",
-    [
-        pytest.param(HostMemory(), id="host"),
-        pytest.param(
-            DeviceMemory(),
-            id="device",
-            marks=pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE),
-        ),
-    ],
-)
+UNDER_TEST: Memory = DeviceMemory() if ON_DEVICE else HostMemory()

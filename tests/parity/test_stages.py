@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 import zerompi
-from models import CASES, OPTIMIZERS, assert_same_weights, build, own_slice, unsharded_losses
+from models import CASES, OPTIMIZERS, STEPS, assert_same_weights, build, own_slice, unsharded_losses
 
 STAGES = [0, 1, 2, 3]
 
 
-def partitioned_losses(comm, case, stage, *, optimizer="adamw", steps=20, clip=None, **options):
+def partitioned_losses(comm, case, stage, *, optimizer="adamw", steps=STEPS, clip=None, **options):
     """Losses (mean over ranks) and full state dict of the same training, partitioned."""
     seed = 7 if comm.rank == 0 else 70 + comm.rank  # rank 0's parameters must win
     model, opt = build(case, optimizer, seed)

@@ -59,12 +59,15 @@ def options(values: Mapping[str, Any]) -> list[str]:
 
 @pytest.fixture
 def train(run_mpi: Callable[..., MPIRun], tmp_path: Path) -> Callable[..., TrainRun]:
-    """`train(ranks, out, **options)` runs a tiny job to its end."""
+    """`train(ranks, out, **options)` runs a tiny job to its end, by a script instead of the command."""
 
-    def run(ranks: int, out: str = "out", **changes: Any) -> TrainRun:
+    def run(
+        ranks: int, out: str = "out", *, script: Path | None = None, **changes: Any
+    ) -> TrainRun:
         named = {name.replace("_", "-"): value for name, value in changes.items()}
         words = options({**TINY, **named, "out": tmp_path / out})
-        job = run_mpi(ranks, ["-m", "zerompi", "train", *words])
+        program = ["-m", "zerompi"] if script is None else [script]
+        job = run_mpi(ranks, [*program, "train", *words])
         assert job.returncode == 0, job.output
         return TrainRun(job, tmp_path / out)
 

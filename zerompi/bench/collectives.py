@@ -82,11 +82,11 @@ def measure(
     """
     block = max(1, -(-nbytes // (dtype.itemsize * comm.size)))
     with _ways(comm, collective, block, dtype, topology) as ways:
-        counts = {way: _warm_up(comm, call) for way, call in ways.items()}
+        counts = {way: warm_up(comm, call) for way, call in ways.items()}
         times: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(repeats):
             for way, call in ways.items():
-                times[way].append(_time(comm, call, counts[way]))
+                times[way].append(timed(comm, call, counts[way]))
     own = times.get("MPI")
     return [
         Result(
@@ -101,7 +101,8 @@ def measure(
     ]
 
 
-def _time(comm: MPI.Intracomm, call: Call, count: int) -> float:
+def timed(comm: MPI.Intracomm, call: Call, count: int) -> float:
+    """Seconds of one of `count` calls, the slowest rank's. Collective."""
     comm.Barrier()
     start = time.perf_counter()
     for _ in range(count):
@@ -109,10 +110,10 @@ def _time(comm: MPI.Intracomm, call: Call, count: int) -> float:
     return float(comm.allreduce(time.perf_counter() - start, MPI.MAX)) / count
 
 
-def _warm_up(comm: MPI.Intracomm, call: Call) -> int:
+def warm_up(comm: MPI.Intracomm, call: Call) -> int:
     """Touch all memory; return how many calls make a measurement long enough."""
-    _time(comm, call, 2)
-    seconds = _time(comm, call, 1)
+    timed(comm, call, 2)
+    seconds = timed(comm, call, 1)
     return min(_MOST_CALLS, max(1, int(_SHORTEST / max(seconds, 1e-9))))
 
 

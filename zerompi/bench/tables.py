@@ -31,7 +31,7 @@ def table_of_collectives(
         if last not in (None, group):
             table.add_section()
         last = group
-        moved = result.nbytes * (2 if result.way == COPY else 1)
+        moved = result.nbytes * (2 if result.way.endswith(COPY) else 1)
         row = [
             result.collective,
             result.dtype,

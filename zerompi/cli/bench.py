@@ -18,6 +18,7 @@ from mpi4py import MPI
 import zerompi
 from zerompi.bench import checkpoints as checkpoints_bench
 from zerompi.bench import collectives as collectives_bench
+from zerompi.bench import device_collectives as device_bench
 from zerompi.bench import training as training_bench
 from zerompi.bench.plot import plot_checkpoints, plot_collectives, plot_training
 from zerompi.bench.tables import (
@@ -33,6 +34,7 @@ from zerompi.train.config import InputError
 from zerompi.train.display import make_console
 
 KINDS = ("collectives", "training", "checkpoint")
+_DEVICES = ("cpu", "cuda")
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _COLLECTIVES, _TRAINING, _RESULTS = "Collectives", "Training and checkpoint", "Results"
 
@@ -53,6 +55,8 @@ class _Options:
     plot: str | None
     compare: str | None
     table: str | None
+    device: str
+    share_devices: bool
 
 
 def bench(
@@ -66,6 +70,15 @@ def bench(
         "64KiB,1MiB,16MiB,64MiB",
         help="Bytes of the whole buffer on each rank: 1KiB to 1GiB.",
         rich_help_panel=_COLLECTIVES,
+    ),
+    device: str = typer.Option(
+        "cpu",
+        help=f"{' or '.join(_DEVICES)}: with cuda also CuPy arrays, each rank's on a device of its own, with "
+        "each transport that works.",
+        rich_help_panel=_COLLECTIVES,
+    ),
+    share_devices: bool = typer.Option(
+        False, help="Let several ranks have one device.", rich_help_panel=_COLLECTIVES
     ),
     dtypes: str = typer.Option(
         "float32",
@@ -129,6 +142,8 @@ def bench(
         plot,
         compare,
         table,
+        device,
+        share_devices,
     )
     return partial(_run, options)
 
@@ -153,14 +168,17 @@ def _run(options: _Options) -> None:
 
 
 def _measure_collectives(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
+    measures: list[Callable[..., list[Any]]] = [collectives_bench.measure]
+    if options.device == "cuda":
+        agree(world, lambda: zerompi.use_device(world, share=options.share_devices))
+        measures.append(device_bench.measure)
     return [
         result
         for name in options.collectives.split(",")
         for kind in options.dtypes.split(",")
         for size in options.sizes.split(",")
-        for result in collectives_bench.measure(
-            world, name, _nbytes(size), getattr(torch, kind), options.repeats
-        )
+        for measure in measures
+        for result in measure(world, name, _nbytes(size), getattr(torch, kind), options.repeats)
     ]
 
 
@@ -209,6 +227,10 @@ _PLOT: dict[str, Callable[..., None]] = {
 def _check(options: _Options) -> None:
     _chosen("KIND", options.kind, KINDS)
     _chosen("--collectives", options.collectives, collectives_bench.COLLECTIVES)
+    if options.device not in _DEVICES:
+        raise InputError(f"--device: expected {' or '.join(_DEVICES)}, got {options.device!r}")
+    if options.device == "cuda" and options.kind != "collectives":
+        raise InputError(f"--device: expected cpu to measure {options.kind}, got cuda")
     _chosen("--dtypes", options.dtypes, _DTYPES)
     for size in options.sizes.split(","):
         _nbytes(size)

@@ -17,6 +17,7 @@ from zerompi import cuda_aware, device
 from zerompi.cli.probe import probe as run_probe
 from zerompi.launch import launched_size, local_ranks, num_cores, threads_per_rank
 from zerompi.train.config import InputError
+from zerompi.train.devices import why_not
 from zerompi.train.display import make_console
 
 _PACKAGES = ("mpi4py", "torch", "numpy", "safetensors", "transformers")
@@ -71,6 +72,7 @@ def _show(probe_with: tuple[str | None] | None) -> None:
     table.add_row("devices of rank 0", _devices())
     aware = cuda_aware.detect()
     table.add_row("MPI reads devices", f"{'yes' if aware.is_aware else 'no'}: {aware.source}")
+    table.add_row("zerompi train", f"on {_train_device()}")
     table.add_row("device transport", _transport(aware.is_aware))
     if probe_with is not None:
         table.add_row("probe", run_probe(*probe_with))
@@ -93,6 +95,14 @@ def _devices() -> str:
         return "none: CuPy is not installed"
     names = [device.name(number) for number in range(device.count())]
     return ", ".join(names) or "none that CuPy sees"
+
+
+def _train_device() -> str:
+    """What --device auto would be with this process's devices."""
+    problem = why_not()
+    if problem is None:
+        return f"cuda: each rank takes one of {device.count()} devices"
+    return f"the host: no CUDA device, {problem}"
 
 
 def _transport(is_aware: bool) -> str:

@@ -16,6 +16,7 @@ _toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZED = (None, "int8", "int4")
+DEVICES = ("auto", "cpu", "cuda")
 PROGRESS = ("auto", "bar", "lines", "none")
 DEFAULT_STEPS = 360
 _LR_FROM_SCRATCH = 3e-3
@@ -59,6 +60,12 @@ class TrainConfig:
         False, _MODEL, "Compute each block's activations again in backward instead of keeping them."
     )
 
+    device: str = _option(
+        "auto",
+        _ZERO,
+        "Where to compute: cpu; cuda, each rank on a device of its own; auto: cuda where all have one.",
+    )
+    share_devices: bool = _option(False, _ZERO, "Let several ranks compute on one device.")
     stage: int = _option(
         3, _ZERO, "ZeRO stage: 0 replicates; 1, 2, 3 shard optimizer, + gradients, + parameters."
     )
@@ -154,6 +161,7 @@ class TrainConfig:
         self._require("seed", self.seed < 2**63, "a number below 2^63")
         self._require("stage", self.stage in (0, 1, 2, 3), "0, 1, 2 or 3")
         self._require("dtype", self.dtype in DTYPES, " or ".join(DTYPES))
+        self._require("device", self.device in DEVICES, " or ".join(DEVICES))
         self._require("progress", self.progress in PROGRESS, " or ".join(PROGRESS))
         self._require(
             "steps", self.steps is None or self.epochs is None, "--steps or --epochs, not both"

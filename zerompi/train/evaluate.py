@@ -11,6 +11,7 @@ from mpi4py import MPI
 from torch import nn
 
 from zerompi.train.data import Corpus, held_out_starts, windows
+from zerompi.train.devices import HOST
 from zerompi.train.model import next_token_logits
 
 
@@ -27,6 +28,7 @@ def evaluate(
     corpus: Corpus,
     comm: MPI.Intracomm,
     *,
+    device: torch.device = HOST,
     context: int,
     num_windows: int,
     rows: int,
@@ -41,6 +43,7 @@ def evaluate(
         model: partitioned; it is left in the mode (training or not) that it is in.
         corpus: the text.
         comm: the ranks that share the windows.
+        device: on which the model computes.
         context: tokens of a window.
         num_windows: how many, at most.
         rows: windows of one forward pass of one rank.
@@ -55,8 +58,8 @@ def evaluate(
             own = range(first, first + rows)
             chosen = [starts[index] if index < len(starts) else starts[0] for index in own]
             inputs, targets = windows(corpus.held_out, chosen, context)
-            logits = next_token_logits(model, inputs)
-            losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            logits = next_token_logits(model, inputs.to(device))
+            losses = F.cross_entropy(logits.transpose(1, 2), targets.to(device), reduction="none")
             for index, total in zip(own, losses.double().sum(1).tolist(), strict=True):
                 if index < len(starts):
                     sums[index] = total

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import zerompi
 from zerompi import launch
 from zerompi.precision import NonFinite
-from zerompi.train import huggingface
+from zerompi.train import devices, huggingface
 from zerompi.train.agreement import agree
 from zerompi.train.config import InputError, TrainConfig
 from zerompi.train.data import ByteCodec, Codec, Corpus, check_same_corpus, load_corpus
@@ -35,6 +35,7 @@ class Job:
         config: as given.
         comm: all ranks of the run.
         topology: their nodes.
+        device: on which this rank computes.
         corpus: the text.
         model: partitioned.
         optimizer: AdamW over the pieces.
@@ -48,6 +49,7 @@ class Job:
     config: TrainConfig
     comm: MPI.Intracomm
     topology: zerompi.Topology
+    device: torch.device
     corpus: Corpus
     model: nn.Module
     optimizer: AdamW
@@ -68,6 +70,7 @@ def prepare(config: TrainConfig, comm: MPI.Intracomm) -> Job:
     local_size = len(topology.ranks_of_node[topology.node_of[comm.rank]])
     torch.set_num_threads(launch.threads_per_rank(local_size))
     rows = agree(comm, lambda: config.micro_batch(comm.size))
+    device = devices.choose(config.device, comm, share=config.share_devices)
     model, codec = agree(comm, lambda: _make_model(config))
     corpus = agree(comm, lambda: load_corpus(config.data, codec, config.context))
     check_same_corpus(corpus, comm)
@@ -79,7 +82,8 @@ def prepare(config: TrainConfig, comm: MPI.Intracomm) -> Job:
     names = huggingface.names_in_files(model)  # before the partition takes the parameters
 
     torch.manual_seed(config.seed)  # rank 0 draws the initial values
-    zero = agree(comm, lambda: _partition(model, optimizer, config, comm, units))
+    _move_buffers(model, device)
+    zero = agree(comm, lambda: _partition(model, optimizer, config, comm, units, device))
     scheduler = LambdaLR(optimizer, lr_factor(config.warmup, num_steps))
     if config.model is not None:
         directory = config.model
@@ -90,8 +94,27 @@ def prepare(config: TrainConfig, comm: MPI.Intracomm) -> Job:
     own = np.random.Philox(key=config.seed, counter=[1, 0, 0, comm.rank])
     torch.manual_seed(int(own.random_raw()) >> 1)
     return Job(
-        config, comm, topology, corpus, model, optimizer, scheduler, zero, num_steps, rows, numel
+        config,
+        comm,
+        topology,
+        device,
+        corpus,
+        model,
+        optimizer,
+        scheduler,
+        zero,
+        num_steps,
+        rows,
+        numel,
     )
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put the buffers that have values on the device; the parameters have none yet."""
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[key] = buffer.to(device)
 
 
 def _make_model(config: TrainConfig) -> tuple[nn.Module, Codec]:
@@ -146,6 +169,7 @@ def _partition(
     config: TrainConfig,
     comm: MPI.Intracomm,
     units: Callable[[nn.Module], bool] | None,
+    device: torch.device,
 ) -> zerompi.Zero:
     shard_ranks = config.shard_ranks
     mixed = None
@@ -163,6 +187,7 @@ def _partition(
         quantize=_quantize(config),
         nonfinite=cast("NonFinite", config.nonfinite),
         refresh="ahead",
+        device=device,
     )
 
 

@@ -75,7 +75,7 @@ def _introduce(job: Job, done: int, path: Path | None, display: Display) -> None
     )
     display.say(
         f"{job.numel:,} parameters, {config.dtype}, stage {config.stage}, {job.topology.size} "
-        f"ranks on {job.topology.num_nodes} node{'s' * (job.topology.num_nodes > 1)}; "
+        f"ranks on {job.topology.num_nodes} node{'s' * (job.topology.num_nodes > 1)}, {job.device.type}; "
         f"{job.num_steps} steps of {config.tokens_per_step:,} tokens"
     )
     if path is not None:
@@ -135,8 +135,8 @@ class _Run:
                     step=step,
                     samples=range(first, first + job.rows),
                 )
-                logits = next_token_logits(job.model, inputs)
-                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+                logits = next_token_logits(job.model, inputs.to(job.device))
+                loss = F.cross_entropy(logits.flatten(0, 1), targets.to(job.device).flatten())
                 loss.backward()
                 losses.append(float(loss.detach()))
         norm = float(job.zero.clip_grad_norm_(config.clip or float("inf")))
@@ -177,6 +177,7 @@ class _Run:
             job.model,
             job.corpus,
             job.comm,
+            device=job.device,
             context=config.context,
             num_windows=config.eval_batches * config.batch,
             rows=job.rows,
@@ -205,7 +206,13 @@ class _Run:
         job, config = self.job, self.job.config
         prompt = job.corpus.held_out[: min(64, config.context)].tolist()
         sampled = sample_continuation(
-            job.model, prompt, config.sample, job.comm, context=config.context, seed=config.seed
+            job.model,
+            prompt,
+            config.sample,
+            job.comm,
+            device=job.device,
+            context=config.context,
+            seed=config.seed,
         )
         text = job.corpus.codec.decode(sampled)
         summary = summarise(job, self.meter, loss, evaluation, text)

@@ -50,10 +50,12 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     @classmethod
-    def of_positions(cls, time: int, head_width: int) -> Rotation:
+    def of_positions(
+        cls, time: int, head_width: int, device: torch.device | None = None
+    ) -> Rotation:
         """The angles of positions 0 to `time` (Su et al., arXiv:2104.09864, section 3.2.2)."""
-        frequency = 10_000.0 ** (-torch.arange(0, head_width, 2) / head_width)
-        angle = torch.outer(torch.arange(time), frequency)
+        frequency = 10_000.0 ** (-torch.arange(0, head_width, 2, device=device) / head_width)
+        angle = torch.outer(torch.arange(time, device=device), frequency)
         return cls(angle.cos(), angle.sin())
 
     def apply(self, x: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the byte after each of `tokens`."""
-        rotation = Rotation.of_positions(tokens.shape[1], self.head_width)
+        rotation = Rotation.of_positions(tokens.shape[1], self.head_width, tokens.device)
         x = self.embedding(tokens)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():

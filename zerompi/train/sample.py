@@ -8,6 +8,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
+from zerompi.train.devices import HOST
 from zerompi.train.model import next_token_logits
 
 _TEMPERATURE = 0.8  # below 1: fewer unlikely tokens than the model itself expects
@@ -19,6 +20,7 @@ def sample_continuation(
     count: int,
     comm: MPI.Intracomm,
     *,
+    device: torch.device = HOST,
     context: int,
     seed: int,
 ) -> list[int]:
@@ -33,7 +35,8 @@ def sample_continuation(
     model.eval()
     with torch.no_grad():
         for _ in range(count):
-            logits = next_token_logits(model, torch.tensor([tokens[-context:]]))[0, -1]
+            own = torch.tensor([tokens[-context:]], device=device)
+            logits = next_token_logits(model, own)[0, -1].cpu()
             token = 0
             if comm.rank == 0:
                 shares = torch.softmax(logits / _TEMPERATURE, dim=-1)

@@ -1,0 +1,23 @@
+"""Models under test lie where ZEROMPI_TEST_MEMORY says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import zerompi
+from harness.memory import ON_DEVICE, host_may_touch, on_device
+
+
+@pytest.fixture(autouse=True)
+def _memory_under_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not ON_DEVICE:
+        yield
+        return
+    monkeypatch.setattr(zerompi, "partition", on_device(zerompi.partition))
+    # An emulated device fills new memory, of which the models of tests need little.
+    for module in ("transport", "staging", "shared"):
+        monkeypatch.setattr(f"zerompi.collectives.{module}.STAGING_NBYTES", 1 << 16)
+    with host_may_touch(monkeypatch):
+        yield
