@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from collectives.samples import as_bytes, between_nodes, documented_sum
-from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, DeviceMemory, HostMemory, each_memory
+from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, DeviceMemory, HostMemory
 from zerompi.arrays import on_device
 from zerompi.collectives import Group, quantized
 from zerompi.collectives.quantized import (
@@ -119,7 +119,6 @@ def test_a_block_that_is_not_finite_arrives_as_nan(code, value):
 # -- all-gather --------------------------------------------------------------------------------
 
 
-@each_memory
 @pytest.mark.parametrize("dtype", quantized.QUANTIZED_DTYPES)
 @pytest.mark.parametrize("code", [INT8, INT4])
 def test_all_ranks_gather_the_same_bits(group, code, dtype, memory):
@@ -169,7 +168,6 @@ def node_sums(summands, group, scale, node):
     return levels if node is not None else [scaled, *levels]
 
 
-@each_memory
 @pytest.mark.parametrize("error_feedback", [False, True])
 @pytest.mark.parametrize("dtype", quantized.QUANTIZED_DTYPES)
 def test_the_sum_is_within_the_bound_of_its_summands(group, dtype, error_feedback, memory):
@@ -213,7 +211,6 @@ def test_sums_on_a_device_have_the_bits_and_bytes_of_those_on_the_host(
     assert sent[0] == sent[1]
 
 
-@each_memory
 def test_what_is_not_sent_is_not_quantized(group, memory):
     if not _is_exact(group, memory):
         pytest.skip("needs one node with shared memory")
@@ -225,7 +222,6 @@ def test_what_is_not_sent_is_not_quantized(group, memory):
     assert torch.equal(out, documented_sum(summands, group)[own])
 
 
-@each_memory
 def test_chunks_give_the_same_bits_and_bytes(group, monkeypatch, memory):
     ranges = ranges_of(group)
     send = values(ranges[-1][1], group.rank)
@@ -240,7 +236,6 @@ def test_chunks_give_the_same_bits_and_bytes(group, monkeypatch, memory):
     assert sent[0] == sent[1]
 
 
-@each_memory
 def test_all_ranks_together_send_the_packed_blocks_once_for_each_other_node(group, memory):
     ranges = ranges_of(group)
     full = torch.ones(ranges[-1][1])
@@ -258,7 +253,6 @@ def test_all_ranks_together_send_the_packed_blocks_once_for_each_other_node(grou
         assert inside == (group.size - topology.num_nodes) * of_each
 
 
-@each_memory
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_a_block_with_an_overflow_on_one_rank_is_not_finite(group, value, memory):
     n = 40
@@ -279,7 +273,6 @@ def _is_exact(group, memory):
     return group.size == 1 or is_one_node
 
 
-@each_memory
 def test_error_feedback_makes_up_for_what_was_lost(group, memory):
     """The sum over many steps is off by what the last step has lost, not by that of all."""
     ranges = ranges_of(group)
