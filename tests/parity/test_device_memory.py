@@ -36,13 +36,13 @@ def build_on_device(case, optimizer="adamw", seed=7):
     return model, opt
 
 
-def losses_of(comm, case, model, opt, zero, steps):
+def losses_of(comm, case, model, opt, zero, steps, *, clip=0.1):
     losses = []
     for step in range(steps):
         x, y = own_slice(case.batch(step), comm.rank, comm.size)
         loss = case.loss(model(x), y)
         loss.backward()
-        zero.clip_grad_norm_(0.1)
+        zero.clip_grad_norm_(clip)
         opt.step()
         opt.zero_grad()
         losses.append(comm.allreduce(loss.item()) / comm.size)
@@ -51,7 +51,10 @@ def losses_of(comm, case, model, opt, zero, steps):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_bits_are_those_of_the_host(comm, stage):
-    """On the host by messages, as on the device: the same layout, the same order of summation."""
+    """On the host by messages, as on the device: the same layout, the same order of summation.
+
+    Nothing is clipped: the norm is summed in float64 on a device, and differs in its last bits.
+    """
     case = CASES["gpt"]
     precision = zerompi.MixedPrecision(torch.bfloat16, reduce_dtype=torch.bfloat16)
     results = []
@@ -60,7 +63,7 @@ def test_the_bits_are_those_of_the_host(comm, stage):
         with zerompi.partition(
             model, opt, stage=stage, comm=comm, mixed_precision=precision
         ) as zero:
-            losses = losses_of(comm, case, model, opt, zero, 3)
+            losses = losses_of(comm, case, model, opt, zero, 3, clip=torch.inf)
             results.append((losses, zero.full_state_dict()))
     (losses, state), (losses_on_device, state_on_device) = results
     assert losses == losses_on_device

@@ -58,7 +58,7 @@ def test_training_has_the_bits_and_bytes_of_the_host(
     for make in (build_on_device, build):
         model, opt = make(case)
         with zerompi.partition(model, opt, comm=comm, **options) as zero:
-            losses = losses_of(comm, case, model, opt, zero, 3)
+            losses = losses_of(comm, case, model, opt, zero, 3, clip=torch.inf)
             sent = zero.report().traffic
             results.append((losses, zero.full_state_dict(), sent))
             if make is build_on_device and by_messages(zero):
