@@ -137,9 +137,7 @@ def _zerompi(
 ) -> Iterator[Running]:
     model = workload.make_model()
     optimizer = _adamw(model.parameters())
-    with zerompi.partition(
-        model, optimizer, stage=stage, comm=comm, refresh="ahead", **options
-    ) as zero:
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm, **options) as zero:
         step = _plain_step(model, optimizer)
         yield Running(step, lambda: sum(zero.report().memory.now.values()))
 

@@ -99,10 +99,9 @@ def _devices() -> str:
 
 def _train_device() -> str:
     """What --device auto would be with this process's devices."""
-    problem = why_not()
-    if problem is None:
+    if why_not() is None:
         return f"cuda: each rank takes one of {device.count()} devices"
-    return f"the host: no CUDA device, {problem}"
+    return "the host: it has no CUDA device"
 
 
 def _transport(is_aware: bool) -> str:

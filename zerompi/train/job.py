@@ -186,7 +186,6 @@ def _partition(
         node_cache=config.node_cache,
         quantize=_quantize(config),
         nonfinite=cast("NonFinite", config.nonfinite),
-        refresh="ahead",
         device=device,
     )
 
