@@ -501,6 +501,8 @@ def test_each_step_moves_what_it_moved(comm, stage, topology, monkeypatch):
         )
         reports = []
         with zero:
+            if refresh == "ahead" and not zero._parts.hooks.refreshes.are_ahead:
+                pytest.skip("needs a communication thread")
             for number in range(4):
                 step(comm, CASES["gpt"], model, optimizer, number)
                 report = zero.report()
