@@ -240,7 +240,8 @@ def test_by_default_parameters_can_be_read_after_the_step(comm, stage, topology,
 
 
 @pytest.mark.mpi(min_size=2)
-def test_on_one_node_parameters_can_be_read_after_the_step(comm, stage):
+def test_on_one_node_parameters_can_be_read_after_the_step(comm, stage, monkeypatch):
+    monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", "1")
     topology = zerompi.Topology(comm, ranks_per_node=comm.size)
     expected = trained(comm, "gpt", stage, topology, steps=1)[1]
     model, optimizer, zero = partitioned(
