@@ -138,3 +138,12 @@ def host_bytes(tensor: Tensor) -> MPI.buffer:
     Not `tensor.numpy()`, which would make the storage impossible to resize.
     """
     return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
+
+
+def as_numpy(tensor: Tensor) -> Any:
+    """A NumPy array over contiguous host memory, without keeping it alive or from being resized.
+
+    Of float32, float64, float16 or uint8; bfloat16, which NumPy has not, as uint16.
+    """
+    name = str(tensor.dtype).removeprefix("torch.").replace("bfloat16", "uint16")
+    return np.frombuffer(host_bytes(tensor).cast("B"), dtype=name)

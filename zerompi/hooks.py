@@ -415,9 +415,7 @@ class Hooks:
             return  # a pass with create_graph=True only prepared another one
         self.release_kept()
         self._idle.clear()
-        collected = any(
-            segment.gradients.collected for unit in self.units for segment in unit.trainable
-        )
+        collected = any(gradients.collected for unit in self.units for gradients in unit.gradients)
         for unit in self.units:
             unit.reshard()
         reduces = self.accumulation.communicates
@@ -430,8 +428,8 @@ class Hooks:
             self.accumulation.forget()
         for unit in self.units:
             self._forwards[unit].reset()
-            for segment in unit.trainable:
-                segment.gradients.collected = 0
+            for gradients in unit.gradients:
+                gradients.collected = 0
         progress.phase = "after backward"
         self.measure_gradients()
 
@@ -444,7 +442,7 @@ class Hooks:
 
     def measure_gradients(self) -> None:
         """Bring the gradients' entry of the memory ledger up to date."""
-        nbytes = sum(s.gradients.nbytes for unit in self.units for s in unit.trainable)
+        nbytes = sum(gradients.nbytes for unit in self.units for gradients in unit.gradients)
         self.context.memory.set("gradients", nbytes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import fsum
 from typing import NamedTuple
 
@@ -228,6 +228,15 @@ def _make_order(units: list[Unit], slots: Sequence[Sequence[Slot]]) -> _Order:
     return _Order(units, batches, starts)
 
 
+def _reordered(units: Sequence[Unit], seen: Iterable[Unit], context: Context) -> list[Unit]:
+    """`units`, those first that the first rank has `seen`, in its order. Collective over the world."""
+    first = [units.index(unit) for unit in seen if unit in units]
+    rest = [index for index in range(len(units)) if index not in first]
+    root = context.attendance.first
+    order: list[int] = context.world.comm.bcast(first + rest, root=root)
+    return [units[index] for index in order]
+
+
 class Reductions:
     """Reduces units in one order that is the same on all ranks.
 
@@ -297,11 +306,7 @@ class Reductions:
         return any(unit.has_gradients for unit in self.order)
 
     def _learn(self) -> None:
-        seen = [self.order.index(unit) for unit in self._ready]
-        rest = [index for index in range(len(self.order)) if index not in seen]
-        root = self._context.attendance.first
-        order: list[int] = self.world.comm.bcast(seen + rest, root=root)
-        self.order = [self.order[index] for index in order]
+        self.order = _reordered(self.order, self._ready, self._context)
         assign_regions(self._units, self.order, self._context)
         self._learned = True
 
@@ -333,17 +338,10 @@ class Refreshes:
     def start(self) -> None:
         """Refresh all units, once nothing else is under way. Collective over the world."""
         if self._used is not None:
-            self._learn(list(self._used))
+            self.order = _reordered(self.order, self._used, self._context)
+            self._used = None
         for unit in self.order:
             Refresh(unit, self._context)
-
-    def _learn(self, used: Sequence[Unit]) -> None:
-        seen = [self.order.index(unit) for unit in used if unit in self.order]
-        rest = [index for index in range(len(self.order)) if index not in seen]
-        root = self._context.attendance.first
-        order: list[int] = self._context.world.comm.bcast(seen + rest, root=root)
-        self.order = [self.order[index] for index in order]
-        self._used = None
 
     def use(self, unit: Unit) -> None:
         """Wait until `unit`, which is about to be read, is refreshed."""

@@ -216,6 +216,18 @@ def own_slice(batch: Batch, rank: int, size: int) -> Batch:
     return x[rank * n : (rank + 1) * n], y[rank * n : (rank + 1) * n]
 
 
+def step(
+    comm: MPI.Intracomm, case: Case, model: nn.Module, optimizer: Optimizer, number: int = 0
+) -> float:
+    """One step on this rank's part of a batch; return its loss."""
+    x, y = own_slice(case.batch(number), comm.rank, comm.size)
+    loss = case.loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 def assert_same_weights(
     state: dict[str, Tensor], reference: nn.Module, rtol: float = 1e-4, atol: float = 1e-5
 ) -> None:

@@ -53,6 +53,18 @@ def warm_up(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 4)
 
 
+def train_weighted(case, counts, rank, model, optimizer, scheduler, zero):
+    """A rank's own batches, inside `join`."""
+    for x, y in batches_of(case, counts, rank):
+        loss = case.loss(model(x), y)
+        with zero.weighted(len(x)):
+            loss.backward()
+        zero.clip_grad_norm_(0.5)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
 def train_unsharded(case, counts, size, clip=None, uneven=True, optimizer="adamw"):
     model, opt = build(case, optimizer)
     scheduler = warm_up(opt)
@@ -82,14 +94,7 @@ def test_training_is_the_mean_over_all_samples(comm, stage, topology, name, coun
     scheduler = warm_up(optimizer)
     with zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology) as zero:
         with zero.join(scheduler):
-            for x, y in batches_of(case, counts, comm.rank):
-                loss = case.loss(model(x), y)
-                with zero.weighted(len(x)):
-                    loss.backward()
-                zero.clip_grad_norm_(0.5)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
+            train_weighted(case, counts, comm.rank, model, optimizer, scheduler, zero)
         state = zero.full_state_dict()
         assert_same_schedule(optimizer, scheduler, expected)
         # Afterwards ranks go on together, ahead of their use too.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import zerompi
-from models import CASES, assert_same_weights, build, one_each, own_slice
+from models import CASES, assert_same_weights, build, one_each, own_slice, step
 
 STAGES = [0, 1, 2, 3]
 
@@ -18,15 +18,6 @@ STAGES = [0, 1, 2, 3]
 @pytest.fixture(params=STAGES)
 def stage(request) -> int:
     return request.param
-
-
-def step(comm, case, model, optimizer, number=0):
-    x, y = own_slice(case.batch(number), comm.rank, comm.size)
-    loss = case.loss(model(x), y)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
 
 
 @pytest.mark.mpi(min_size=2)

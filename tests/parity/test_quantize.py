@@ -8,7 +8,7 @@ from mpi4py import MPI
 from torch import nn
 
 import zerompi
-from models import CASES, GPT, build, one_each, own_slice
+from models import CASES, GPT, build, one_each, step
 from test_report import by_label
 from test_stages import partitioned_losses
 from zerompi import Quantize
@@ -29,13 +29,6 @@ def layout(request, comm, monkeypatch):
     monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", "1" if memory == "shared" else "0")
     sends = len(sizes) > 1 or (memory == "messages" and comm.size > 1)
     return zerompi.Topology(comm, ranks_per_node=sizes), sends
-
-
-def step(comm, case, model, optimizer, number=0):
-    x, y = own_slice(case.batch(number), comm.rank, comm.size)
-    case.loss(model(x), y).backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 # -- results -----------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import zerompi
-from models import CASES, GPT, OPTIMIZERS, build, one_each, own_slice
-from test_join import COUNTS, assert_same_schedule, batches_of, train_unsharded, warm_up
+from models import CASES, GPT, OPTIMIZERS, assert_same_weights, build, one_each, own_slice, step
+from test_join import COUNTS, assert_same_schedule, train_unsharded, train_weighted, warm_up
 from test_stages import assert_trains_alike
 from zerompi.unit import Unit
 
@@ -36,15 +36,6 @@ def topology(request, comm, monkeypatch):
         return zerompi.Topology(comm, ranks_per_node=comm.size)
     sizes = [comm.size - comm.size // 2, comm.size // 2]
     return zerompi.Topology(comm, [size for size in sizes if size])
-
-
-def step(comm, case, model, optimizer, number=0):
-    x, y = own_slice(case.batch(number), comm.rank, comm.size)
-    loss = case.loss(model(x), y)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
 
 
 def partitioned(comm, name, **options):
@@ -182,19 +173,12 @@ def test_ranks_with_other_numbers_of_batches(comm, stage, topology, counts, monk
     scheduler = warm_up(optimizer)
     with zero:
         with zero.join(scheduler):
-            for x, y in batches_of(case, counts, comm.rank):
-                with zero.weighted(len(x)):
-                    case.loss(model(x), y).backward()
-                zero.clip_grad_norm_(0.5)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
+            train_weighted(case, counts, comm.rank, model, optimizer, scheduler, zero)
         state = zero.full_state_dict()
         assert_same_schedule(optimizer, scheduler, expected)
         step(comm, case, model, optimizer)
         step(comm, case, model, optimizer)
-    for key, value in reference.state_dict().items():
-        torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-4)
+    assert_same_weights(state, reference, rtol=1e-3, atol=1e-4)
 
 
 # -- between a step and the next forward --------------------------------------------------------

@@ -82,11 +82,7 @@ def measure(
     """
     block = max(1, -(-nbytes // (dtype.itemsize * comm.size)))
     with _ways(comm, collective, block, dtype, topology) as ways:
-        counts = {way: warm_up(comm, call) for way, call in ways.items()}
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(repeats):
-            for way, call in ways.items():
-                times[way].append(timed(comm, call, counts[way]))
+        times = times_by_turns(comm, ways, repeats)
     own = times.get("MPI")
     return [
         Result(
@@ -101,7 +97,19 @@ def measure(
     ]
 
 
-def timed(comm: MPI.Intracomm, call: Call, count: int) -> float:
+def times_by_turns(
+    comm: MPI.Intracomm, ways: Mapping[str, Call], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of a call of each way, in each of `repeats` turns. Collective."""
+    counts = {way: _warm_up(comm, call) for way, call in ways.items()}
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, call in ways.items():
+            times[way].append(_time(comm, call, counts[way]))
+    return times
+
+
+def _time(comm: MPI.Intracomm, call: Call, count: int) -> float:
     """Seconds of one of `count` calls, the slowest rank's. Collective."""
     comm.Barrier()
     start = time.perf_counter()
@@ -110,10 +118,10 @@ def timed(comm: MPI.Intracomm, call: Call, count: int) -> float:
     return float(comm.allreduce(time.perf_counter() - start, MPI.MAX)) / count
 
 
-def warm_up(comm: MPI.Intracomm, call: Call) -> int:
+def _warm_up(comm: MPI.Intracomm, call: Call) -> int:
     """Touch all memory; return how many calls make a measurement long enough."""
-    timed(comm, call, 2)
-    seconds = timed(comm, call, 1)
+    _time(comm, call, 2)
+    seconds = _time(comm, call, 1)
     return min(_MOST_CALLS, max(1, int(_SHORTEST / max(seconds, 1e-9))))
 
 

@@ -13,7 +13,7 @@ import torch
 from mpi4py import MPI
 
 from zerompi import cuda_aware, device
-from zerompi.bench.collectives import COPY, Call, Result, timed, warm_up
+from zerompi.bench.collectives import COPY, Call, Result, times_by_turns
 from zerompi.collectives import Group, all_gather, all_reduce, reduce_scatter
 from zerompi.memory import HOST, Space
 from zerompi.topology import Topology
@@ -45,11 +45,7 @@ def measure(
             for way, group in groups.items()
         }
         ways[f"{_OF_DEVICE} {COPY}"] = _synchronised(partial(_copy, recv, send))
-        counts = {way: warm_up(comm, call) for way, call in ways.items()}
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(repeats):
-            for way, call in ways.items():
-                times[way].append(timed(comm, call, counts[way]))
+        times = times_by_turns(comm, ways, repeats)
     return [
         Result(
             collective,

@@ -14,12 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from zerompi import device
-from zerompi.arrays import empty, empty_like, host_bytes
+from zerompi.arrays import as_numpy, empty, empty_like
 from zerompi.collectives.all_gather import Ranges, gather_blocks, gather_from_nodes
 from zerompi.collectives.buffer import allocate
 from zerompi.collectives.group import Group
@@ -35,12 +34,6 @@ from zerompi.memory import DeviceArray, Flat
 from zerompi.topology import Topology
 
 QUANTIZED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NUMPY_DTYPES = {
-    torch.uint8: np.uint8,
-    torch.float32: np.float32,
-    torch.float16: np.float16,
-    torch.bfloat16: np.uint16,
-}
 
 _ALIGNMENT = 64  # of packed blocks in memory, in bytes
 _CHUNK_NUMEL = 1 << 18  # of each block that is reduced at a time
@@ -100,7 +93,7 @@ def _array(flat: Flat) -> Any:
     """A NumPy or CuPy array over contiguous memory, which it does not keep alive; bfloat16 as uint16."""
     if isinstance(flat, DeviceArray):
         return device.as_cupy(flat)
-    return np.frombuffer(host_bytes(flat).cast("B"), dtype=_NUMPY_DTYPES[flat.dtype])
+    return as_numpy(flat)
 
 
 class Packer:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zerompi import device
-from zerompi.arrays import host_bytes
+from zerompi.arrays import as_numpy
 from zerompi.dtypes import SAME_SUM, accumulate_dtype
 from zerompi.memory import DeviceArray, Flat
 
@@ -20,7 +20,7 @@ _BLOCK_NBYTES = 512 << 10
 _NARROW_BLOCK_NBYTES = 256 << 10  # beside a converted summand of the same size
 
 # NumPy's calls cost less than torch's, but use one thread.
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+_NUMPY = (torch.float32, torch.float64)
 
 
 def sum_in_order(summands: Sequence[Flat], out: Flat, scale: float) -> None:
@@ -58,16 +58,13 @@ def _sum_on_host(summands: Sequence[Any], out: Tensor, scale: float) -> None:
         summand.data_ptr() != out.data_ptr() for summand in summands[1:]
     )
     if is_direct and threads == 1 and wide in _NUMPY:
-        _sum_blocks([_array(s) for s in summands], _array(out), scale, block, np.add, np.multiply)
+        _sum_blocks(
+            [as_numpy(s) for s in summands], as_numpy(out), scale, block, np.add, np.multiply
+        )
     elif is_direct and wide is not torch.bool:
         _sum_blocks(summands, out, scale, block, torch.add, torch.mul)
     else:
         _sum_through_accumulator(summands, out, scale, block, wide)
-
-
-def _array(tensor: Tensor) -> Any:
-    """A NumPy array over the memory of a tensor, which does not keep torch from resizing it."""
-    return np.frombuffer(host_bytes(tensor).cast("B"), dtype=_NUMPY[tensor.dtype])
 
 
 def _sum_blocks(
