@@ -29,6 +29,13 @@ HAS_DEVICE = device.count() > 0
 ON_DEVICE = os.environ.get("ZEROMPI_TEST_MEMORY", "host") == "device"
 
 
+def may_read_neighbours() -> bool:
+    """Whether the environment lets the ranks of a node read each other's buffers without a message."""
+    if ON_DEVICE and os.environ.get("ZEROMPI_DEVICE_TRANSPORT") != "ipc":
+        return False
+    return os.environ.get("ZEROMPI_SHARED_MEMORY") != "0"
+
+
 def synchronise() -> None:
     """Wait for CuPy's current stream."""
     import cupy

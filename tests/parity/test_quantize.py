@@ -8,6 +8,7 @@ from mpi4py import MPI
 from torch import nn
 
 import zerompi
+from harness.memory import ON_DEVICE, may_read_neighbours
 from models import CASES, GPT, build, one_each, step
 from test_report import by_label
 from test_stages import partitioned_losses
@@ -24,11 +25,15 @@ FITTING = [
 
 @pytest.fixture(params=FITTING, ids=lambda case: "+".join(map(str, case[0])) + f" {case[1]}")
 def layout(request, comm, monkeypatch):
-    """A topology, and whether its ranks send messages to each other."""
+    """A topology, and whether gradients, and weights, are quantized between its ranks.
+
+    A node's ranks share one copy of the weights on the host, but not on a device.
+    """
     sizes, memory = request.param
     monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", "1" if memory == "shared" else "0")
-    sends = len(sizes) > 1 or (memory == "messages" and comm.size > 1)
-    return zerompi.Topology(comm, ranks_per_node=sizes), sends
+    gradients = len(sizes) > 1 or (comm.size > 1 and not may_read_neighbours())
+    weights = gradients or (comm.size > 1 and ON_DEVICE)
+    return zerompi.Topology(comm, ranks_per_node=sizes), gradients, weights
 
 
 # -- results -----------------------------------------------------------------------------------
@@ -43,18 +48,18 @@ def layout(request, comm, monkeypatch):
     ],
 )
 def test_training_stays_close_to_exact_training(comm, layout, stage, name, options):
-    topology, sends = layout
+    topology, gradients, weights = layout
     quantize = Quantize("int8" if stage == 3 else None, "int4", block=32)
     same = {"topology": topology, "steps": 5, "clip": 1.0, **options}
     exact, _ = partitioned_losses(comm, CASES[name], stage, **same)
     losses, _ = partitioned_losses(comm, CASES[name], stage, quantize=quantize, **same)
     assert losses == pytest.approx(exact, rel=0.02)
     # Sums of float32 have the same order: what is not sent is the same to the last bit.
-    assert (losses != exact) == sends
+    assert (losses != exact) == (gradients or (weights and stage == 3))
 
 
 def test_all_ranks_see_the_same_weights_and_shards_stay_exact(comm, layout):
-    topology, sends = layout
+    topology, _, weights = layout
     model, optimizer = build(CASES["gpt"])
     exact = [p.detach().clone() for p in model.parameters()]
     with zerompi.partition(
@@ -73,13 +78,13 @@ def test_all_ranks_see_the_same_weights_and_shards_stay_exact(comm, layout):
     pairs = list(zip(seen, kept.values(), strict=True))
     largest = max(b.abs().max() for _, b in pairs)  # a block may begin in another parameter
     assert all((a - b).abs().max() <= largest / 250 for a, b in pairs)
-    assert all(torch.equal(a, b) for a, b in pairs) == (not sends)
+    assert all(torch.equal(a, b) for a, b in pairs) == (not weights)
 
 
 @pytest.mark.parametrize("pause", ["no_sync", "accumulate"])
 def test_gradients_of_several_passes_are_quantized_once(comm, layout, pause):
     """Their buckets are not where the other ranks of the node can read them (no_sync)."""
-    topology, _ = layout
+    topology, *_ = layout
     gradients = []
     for quantize in (None, Quantize(None, "int8", block=32)):
         torch.manual_seed(0)
@@ -125,7 +130,7 @@ def test_a_model_of_another_dtype_is_not_quantized(comm):
 
 @pytest.mark.mpi(min_size=2)
 def test_an_overflow_of_one_rank_skips_the_step_on_all(comm, layout):
-    topology, _ = layout
+    topology, *_ = layout
     model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     precision = zerompi.MixedPrecision(torch.float16, output_dtype=torch.float32)
