@@ -19,7 +19,6 @@ from zerompi.checkpoint import (
     CheckpointReader,
     WriteOptions,
     open_draft,
-    snapshot,
     write_checkpoint,
 )
 from zerompi.errors import ZerompiError
@@ -89,7 +88,7 @@ class Checkpoints:
                 "rng": rng,
             }
             if not options.blocking:
-                model, optimizer = snapshot(model), snapshot(optimizer)
+                model, optimizer = self.background.copies.take([model, optimizer])
         arguments = Path(path), model, optimizer, rest, self._comm, options.of_writing
         if options.blocking:
             write_checkpoint(*arguments)

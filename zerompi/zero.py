@@ -303,7 +303,8 @@ class Zero:
         Args:
             path: on a file system that all ranks share.
             extra: JSON of the program's own: step, scheduler, position in the data.
-            blocking: whether the checkpoint is complete when this returns.
+            blocking: whether the checkpoint is complete when this returns; else a copy is written while
+                training goes on, whose memory is kept for the next one, until `close`.
             if_pending: what to do while an earlier save is still going on: wait for it, or raise.
             keep: in a series, how many of the newest checkpoints stay; 0 keeps all.
             include: files that rank 0 copies into the directory, such as config.json.

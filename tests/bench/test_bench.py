@@ -110,6 +110,7 @@ def test_every_system_saves_and_loads(comm, tmp_path):
     assert [result.system for result in results] == names
     for result in results:
         assert 0 < result.pause <= result.seconds
+        assert result.first_pause > 0
         assert (result.load is None) == (result.system == checkpoints.DISK)
         assert result.nbytes >= results[0].nbytes
     assert list(tmp_path.iterdir()) == []

@@ -67,8 +67,7 @@ def test_what_is_written_is_the_state_at_the_call(comm, shared, gate, stage):
         zero.save(shared / "now", extra={"step": 2})
         before = zero.report().memory.now["buffers"]
         zero.save(shared / "later", extra={"step": 2}, blocking=False)
-        while zero.report().memory.now["buffers"] == before:  # the thread has the copies
-            time.sleep(0.001)
+        assert zero.report().memory.now["buffers"] > before  # the copies
         train(comm, model, optimizer, range(2, 4))
         assert not (shared / "later").exists()
         comm.Barrier()
@@ -76,6 +75,22 @@ def test_what_is_written_is_the_state_at_the_call(comm, shared, gate, stage):
         zero.wait_for_save()
         assert_same_files(shared / "later", shared / "now")
         assert zero.load(shared / "later") == {"step": 2}
+
+
+def test_the_memory_of_the_copies_stays_for_the_next_save(comm, shared):
+    model, optimizer = build(CASE)
+    with zerompi.partition(model, optimizer, comm=comm) as zero:
+        train(comm, model, optimizer, range(1))
+        zero.save(shared / "a", blocking=False)
+        with_copies = zero.report().memory.now["buffers"]
+        train(comm, model, optimizer, range(1, 3))
+        zero.save(shared / "b", blocking=False)  # waits for the first
+        assert zero.report().memory.now["buffers"] == with_copies
+        zero.save(shared / "now")
+        assert_same_files(shared / "b", shared / "now")
+        copies = zero._checkpoints.background.copies
+        assert copies._memory.nbytes > 0
+    assert copies._memory.nbytes == 0
 
 
 def test_it_is_published_at_the_end_of_a_step(comm, shared, gate):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mpi4py import MPI
@@ -36,6 +36,7 @@ class Stored:
         seconds: of a save until it is on the disk (fsync), the slowest rank's; the median of the
             repetitions.
         pause: seconds until training may go on; the same.
+        first_pause: the same of the first save, which finds no memory for copies.
         load: seconds of a load, the files not in the page cache; None for the bare disk.
         save_memory: by how much the memory of all ranks has grown at the peak of a save, bytes by
             rank on average; shared pages count once (PSS).
@@ -46,6 +47,7 @@ class Stored:
     nbytes: int
     seconds: float
     pause: float
+    first_pause: float
     load: float | None
     save_memory: int
     load_memory: int | None
@@ -197,66 +199,97 @@ def measure(
 ) -> list[Stored]:
     """Let the systems take turns, in `directory`, which all ranks share. Collective over `comm`."""
     place = Path(comm.bcast(tempfile.mkdtemp(dir=directory) if comm.rank == 0 else None))
-    turns: dict[str, list[Stored]] = {name: [] for name in systems}
+    turns: dict[str, list[Turn]] = {name: [] for name in systems}
+    weights: dict[str, Weight] = {}
     try:
         with gloo(comm):
-            for repeat in range(repeats):
+            for _ in range(repeats):
                 for name in systems:
-                    turns[name].append(
-                        _take_turn(comm, workload, name, place, weighs=repeat == repeats - 1)
-                    )
+                    turns[name].append(_take_turn(comm, workload, name, place))
+            for name in systems:
+                weights[name] = _weigh(comm, workload, name, place)
     finally:
         if comm.rank == 0:
             shutil.rmtree(place, ignore_errors=True)
-    return [_median(taken) for taken in turns.values()]
+    return [_stored(name, taken, weights[name]) for name, taken in turns.items()]
 
 
-def _median(taken: list[Stored]) -> Stored:
-    loads = [turn.load for turn in taken if turn.load is not None]
-    last = taken[-1]
+class Turn(NamedTuple):
+    """Of one save and load: seconds of the slowest rank, and bytes of the files."""
+
+    first_pause: float
+    pause: float
+    seconds: float
+    load: float | None
+    nbytes: int
+
+
+class Weight(NamedTuple):
+    """By how much a save and a load let memory grow: bytes by rank on average."""
+
+    save: int
+    load: int | None
+
+
+def _stored(name: str, turns: list[Turn], weight: Weight) -> Stored:
+    loads = [turn.load for turn in turns if turn.load is not None]
     return Stored(
-        last.system,
-        last.nbytes,
-        median(turn.seconds for turn in taken),
-        median(turn.pause for turn in taken),
+        name,
+        turns[-1].nbytes,
+        median(turn.seconds for turn in turns),
+        median(turn.pause for turn in turns),
+        median(turn.first_pause for turn in turns),
         median(loads) if loads else None,
-        last.save_memory,
-        last.load_memory,
+        *weight,
     )
 
 
-def _take_turn(
-    comm: MPI.Intracomm, workload: Workload, name: str, place: Path, *, weighs: bool
-) -> Stored:
-    """Save, load from the disk, and with `weighs` both again under observation."""
-    path, again = place / "timed", place / "weighed"
-    load: float | None = None
-    save_memory, load_memory = 0, None
+def _take_turn(comm: MPI.Intracomm, workload: Workload, name: str, place: Path) -> Turn:
+    """Save twice, and load the second from the disk."""
     with SYSTEMS[name](workload, comm) as storing:
-        _settle(comm)
-        start = time.perf_counter()
-        storing.save(path)
-        pause = time.perf_counter() - start
-        storing.wait()
-        comm.Barrier()
-        seconds = time.perf_counter() - start
+        first_pause, _ = _time_save(comm, storing, place / "first")
+        _remove(comm, place / "first")
+        pause, seconds = _time_save(comm, storing, place / "second")
+        load = None
         if storing.load is not None:
-            _evict(comm, path)
+            _evict(comm, place / "second")
             start = time.perf_counter()
-            storing.load(path)
+            storing.load(place / "second")
             comm.Barrier()
             load = comm.allreduce(time.perf_counter() - start, MPI.MAX)
-        nbytes = sum(file.stat().st_size for file in path.iterdir())
-        if weighs:
-            save_memory = _peak(comm, lambda: (storing.save(again), storing.wait()))
-            if storing.load is not None:
-                load_memory = _peak(comm, partial(storing.load, again))
+        nbytes = sum(file.stat().st_size for file in (place / "second").iterdir())
+    _remove(comm, place / "second")
+    return Turn(first_pause, pause, seconds, load, nbytes)
+
+
+def _time_save(comm: MPI.Intracomm, storing: Storing, path: Path) -> tuple[float, float]:
+    """Save; return seconds until training may go on, and until all is on the disk."""
+    _settle(comm)
+    start = time.perf_counter()
+    storing.save(path)
+    pause = time.perf_counter() - start
+    storing.wait()
+    comm.Barrier()
+    seconds = time.perf_counter() - start
+    return comm.allreduce(pause, MPI.MAX), comm.allreduce(seconds, MPI.MAX)
+
+
+def _weigh(comm: MPI.Intracomm, workload: Workload, name: str, place: Path) -> Weight:
+    """Save and load for the first time, under observation."""
+    path = place / "weighed"
+    with SYSTEMS[name](workload, comm) as storing:
+        save = _peak(comm, lambda: (storing.save(path), storing.wait()))
+        load = None if storing.load is None else _peak(comm, partial(storing.load, path))
+    _remove(comm, path)
+    return Weight(save, load)
+
+
+def _remove(comm: MPI.Intracomm, path: Path) -> None:
+    """Remove the files when all ranks are done with them."""
     comm.Barrier()
     if comm.rank == 0:
         shutil.rmtree(path)
-        shutil.rmtree(again, ignore_errors=True)
-    pause, seconds = (comm.allreduce(value, MPI.MAX) for value in (pause, seconds))
-    return Stored(name, nbytes, seconds, pause, load, save_memory, load_memory)
+    comm.Barrier()
 
 
 def _peak(comm: MPI.Intracomm, work: Callable[[], object]) -> int:

@@ -68,8 +68,8 @@ def table_of_checkpoints(
     results: Sequence[Stored], before: Mapping[str, float], title: str
 ) -> Table:
     """One row for each system; see `table_of_collectives`."""
-    columns = ["system", "files", "save", "GB/s", "pause", "load", "GB/s", "save +", "load +"]
-    table = Table(*columns, *(["before"] if before else []), title=title)
+    columns = ["system", "files", "save", "GB/s", "pause", "first", "load", "GB/s", "save +"]
+    table = Table(*columns, "load +", *(["before"] if before else []), title=title)
     for result in results:
         loads = result.load is not None and result.load_memory is not None
         row = [
@@ -78,6 +78,7 @@ def table_of_checkpoints(
             _time(result.seconds),
             f"{result.nbytes / result.seconds / 1e9:.2f}",
             _time(result.pause),
+            _time(result.first_pause),
             _time(result.load or 0) if loads else "",
             f"{result.nbytes / (result.load or 1) / 1e9:.2f}" if loads else "",
             f"{result.save_memory / 1e6:,.0f} MB",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from zerompi.checkpoint.background import BackgroundSaves
 from zerompi.checkpoint.directory import find_latest, remove_leftovers
 from zerompi.checkpoint.reader import CheckpointReader
-from zerompi.checkpoint.table import Slice, TensorSpec, TensorTable, snapshot
+from zerompi.checkpoint.table import Slice, TensorSpec, TensorTable
 from zerompi.checkpoint.writer import WriteOptions, open_draft, write_checkpoint
 from zerompi.errors import CheckpointError
 
@@ -20,6 +20,5 @@ __all__ = [
     "find_latest",
     "open_draft",
     "remove_leftovers",
-    "snapshot",
     "write_checkpoint",
 ]

@@ -20,6 +20,7 @@ import numpy as np
 from mpi4py import MPI
 
 from zerompi.agreement import agree_error
+from zerompi.checkpoint.copies import Copies
 from zerompi.checkpoint.writer import Draft
 from zerompi.report import MemoryLedger
 
@@ -43,14 +44,12 @@ class _Saving:
         state: Mapping[str, Any],
         counts: Sequence[int],
         comm: MPI.Intracomm,
-        memory: MemoryLedger,
     ) -> None:
         self.draft = draft
         self.written = threading.Event()
         self.error: Exception | None = None
         self._state = state
         self._comm = comm
-        self._memory = memory
         self._complete = threading.Event()
         # Whether the part is written, then the rows that `Draft.write` returns.
         self._messages = [np.zeros(1 + 4 * count, dtype=np.int64) for count in counts]
@@ -97,8 +96,7 @@ class _Saving:
             _log.error("%s was not saved in the background: %s", self.draft.path, error)
 
     def _write(self) -> None:
-        with self._memory.borrowed(self.draft.nbytes):
-            rows = self.draft.write()
+        rows = self.draft.write()
         message = self._messages[self._comm.rank]
         message[1:] = rows.reshape(-1)
         message[0] = 1
@@ -116,22 +114,25 @@ class BackgroundSaves:
     Args:
         comm: the ranks that save; duplicated at the first `begin`.
         memory: where copies are counted that wait to be written.
+
+    Attributes:
+        copies: memory for what waits to be written; free after `finish`.
     """
 
     def __init__(self, comm: MPI.Intracomm, memory: MemoryLedger) -> None:
         self._world = comm
-        self._memory = memory
+        self.copies = Copies(memory)
         self._comm: MPI.Intracomm | None = None
         self._saving: _Saving | None = None
         self._pid = os.getpid()
 
     def begin(self, draft: Draft, state: Mapping[str, Any]) -> None:
-        """Let `draft` be written; its slices must be copies. Only after `finish`."""
+        """Let `draft` be written; its slices must be in `copies`. Only after `finish`."""
         assert self._saving is None
         counts = self._world.allgather(draft.num_pieces)
         if self._comm is None:
             self._comm = self._world.Dup()
-        self._saving = _Saving(draft, state, counts, self._comm, self._memory)
+        self._saving = _Saving(draft, state, counts, self._comm)
 
     def poll(self) -> None:
         """Move messages on. Local and quick; the thread that calls `begin` calls it now and then."""
@@ -170,7 +171,8 @@ class BackgroundSaves:
             self.finish()
 
     def close(self) -> None:
-        """Free the communicator, after `finish`."""
+        """Free the communicator and the memory, after `finish`."""
+        self.copies.release()
         if self._comm is not None:
             self._comm.Free()
             self._comm = None

@@ -49,12 +49,6 @@ class TensorTable(NamedTuple):
     slices: Sequence[Slice]
 
 
-def snapshot(table: TensorTable) -> TensorTable:
-    """The same table with copies of the slices on the host. Local."""
-    slices = [own._replace(values=own.values.detach().to("cpu", copy=True)) for own in table.slices]
-    return TensorTable(table.specs, slices)
-
-
 def check_slices(table: TensorTable) -> None:
     """Refuse slices that do not fit their tensor. Local.
 

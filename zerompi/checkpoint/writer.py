@@ -72,7 +72,6 @@ class Draft:
 
     Attributes:
         path: where it will be.
-        nbytes: what this rank writes.
         num_pieces: rows of the array that `write` returns.
     """
 
@@ -90,7 +89,6 @@ class Draft:
         self._replacement = replacement
         self._options = options
         sizes = [own.values.nbytes for file in files for own in file.slices]
-        self.nbytes = sum(sizes)
         self.num_pieces = sum(-(-size // PIECE_NBYTES) for size in sizes)
 
     def write(self) -> np.ndarray:
