@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from zlib import crc32
 
 import hypothesis
@@ -14,6 +15,7 @@ import zerompi  # noqa: F401  (prepares the environment of MPI)
 from mpi4py import MPI  # isort: skip
 
 from harness import ranks
+from harness.commands import CommandRun
 from harness.mpirun import MPIRun
 
 # Ranks must draw the same examples: they meet in collectives. No deadline: ranks share cores.
@@ -55,6 +57,19 @@ def comm() -> Iterator[MPI.Intracomm]:
     duplicate = MPI.COMM_WORLD.Dup()
     yield duplicate
     duplicate.Free()
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., CommandRun]:
+    """`command("train", ...)` runs a command on the ranks of the tests. Collective."""
+    return lambda *words: CommandRun.run(words, capfd)
+
+
+@pytest.fixture
+def shared_path(comm: MPI.Intracomm, tmp_path: Path) -> Path:
+    """Rank 0's temporary directory, on all ranks."""
+    path: Path = comm.bcast(tmp_path)
+    return path
 
 
 @pytest.fixture

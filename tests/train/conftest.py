@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from harness.commands import CommandRun
 from harness.mpirun import MPIRun
 
 TINY = {
@@ -27,9 +28,9 @@ TINY = {
 
 
 class TrainRun(NamedTuple):
-    """A job that has ended, and what it wrote."""
+    """A job, or a command in this one, that has ended; and where it wrote."""
 
-    job: MPIRun
+    job: MPIRun | CommandRun
     out: Path
 
     @property
@@ -55,6 +56,19 @@ def options(values: Mapping[str, Any]) -> list[str]:
         if value is not None:
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words
+
+
+@pytest.fixture
+def train_here(command: Callable[..., CommandRun], shared_path: Path) -> Callable[..., TrainRun]:
+    """`train_here(**options)` trains on the ranks of the tests. Collective."""
+
+    def run(**changes: Any) -> TrainRun:
+        named = {name.replace("_", "-"): value for name, value in changes.items()}
+        ended = command("train", *options({**TINY, **named, "out": shared_path / "out"}))
+        assert ended.status == 0, ended
+        return TrainRun(ended, shared_path / "out")
+
+    return run
 
 
 @pytest.fixture
