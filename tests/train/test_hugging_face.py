@@ -187,31 +187,29 @@ def test_a_context_beyond_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_directory_s_tokenizer_makes_the_tokens(
-    train: Callable[..., Any], tmp_path: Path
+    comm: MPI.Intracomm, train_here: Callable[..., Any], shared_path: Path
 ) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    text = (Path(__file__).read_text() + Path(train.__code__.co_filename).read_text()) * 3
+    text = (Path(__file__).read_text() + Path(train_here.__code__.co_filename).read_text()) * 3
     tokenizer.train_from_iterator(
         [text],
         tokenizers.trainers.BpeTrainer(
             vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
         ),
     )
-    _save_llama(tmp_path / "model", vocabulary=512)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(
-        tmp_path / "model"
-    )
-    (tmp_path / "text.txt").write_text(text)
-    run = train(
-        2, layers=None, width=None, heads=None, model=tmp_path / "model", data=tmp_path / "text.txt",
-        steps=2,
-    )  # fmt: skip
+    model, file = shared_path / "model", shared_path / "text.txt"
+    if comm.rank == 0:
+        _save_llama(model, vocabulary=512)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(model)
+        file.write_text(text)
+    comm.Barrier()
+    run = train_here(layers=None, width=None, heads=None, model=model, data=file, batch=12, steps=2)
     result = run.summary["result"]
-    codec = make_codec(tmp_path / "model", 512)
-    held_out = load_corpus(str(tmp_path / "text.txt"), codec, 16)
+    codec = make_codec(model, 512)
+    held_out = load_corpus(str(file), codec, 16)
     tokens_per_byte = len(held_out.held_out) / held_out.held_out_bytes
     assert tokens_per_byte < 0.7
     assert result["validation_bits_per_byte"] == pytest.approx(

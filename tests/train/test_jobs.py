@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mpi4py import MPI
 
+from harness.commands import CommandRun
 from harness.mpirun import MPIRun
 
 Train = Callable[..., Any]
@@ -124,20 +126,22 @@ def test_a_job_whose_time_is_over_saves_and_ends_with_its_own_status(
 
 
 def test_a_toml_file_configures_a_job_and_the_command_line_wins(
-    run_mpi: Callable[..., MPIRun], tmp_path: Path
+    comm: MPI.Intracomm, command: Callable[..., CommandRun], shared_path: Path
 ) -> None:
-    file = tmp_path / "run.toml"
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("the quick brown fox " * 100)
-    file.write_text(
-        f'data = "{tmp_path / "text"}"\nout = "{tmp_path / "out"}"\nsteps = 50\nstage = 2\nlayers = 1\n'
-        "width = 16\nheads = 2\ncontext = 8\nbatch = 4\nsample = 4\n"
-    )
-    job = run_mpi(2, ["-m", "zerompi", "train", "--config", file, "--steps", "2"])
-    assert job.returncode == 0, job.output
-    assert "2,000 bytes" in job.stdout
-    assert "stage 2" in job.stdout
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    file, text, out = (shared_path / name for name in ("run.toml", "text", "out"))
+    if comm.rank == 0:
+        text.mkdir()
+        (text / "a.txt").write_text("the quick brown fox " * 100)
+        file.write_text(
+            f'data = "{text}"\nout = "{out}"\nsteps = 50\nstage = 2\nlayers = 1\n'
+            "width = 16\nheads = 2\ncontext = 8\nbatch = 12\nsample = 4\n"
+        )
+    comm.Barrier()
+    run = command("train", "--config", file, "--steps", "2")
+    assert run.status == 0, run
+    for words in ("2,000 bytes", "stage 2"):
+        assert (words in run.stdout) == (comm.rank == 0)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 2
 
 
