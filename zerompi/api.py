@@ -95,7 +95,8 @@ def partition(
         refresh: at stages 1 and 2, when the parameters that other ranks have stepped come, where they have to
             be sent (between nodes, or without shared memory). "eager": before `optimizer.step()` returns.
             "ahead": beside the next forward, in which each unit waits for its own; until then they read as
-            NaN outside of the model's forward, as parameters do at stage 3, except inside `gathered`.
+            NaN outside of the model's forward, as parameters do at stage 3, except inside `gathered`; and
+            a tensor over a parameter's memory that the program has kept may still have the old values.
         topology: override of the discovered node layout.
         device: where parameters on the meta device get their values, if all are on it: the host, or one of
             torch.cuda; None is the host. Else they go where the others are.
