@@ -171,7 +171,7 @@ def test_mapped_memory_is_read_before_it_is_unmapped(device_node, monkeypatch):
     was_done, close = [], device.Mapped.close
 
     def noted(mapped):
-        was_done.append(device._lane().stream.done)
+        was_done.append(device.lane().stream.done)
         close(mapped)
 
     monkeypatch.setattr(device.Mapped, "close", noted)

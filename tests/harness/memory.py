@@ -62,7 +62,7 @@ def host_may_touch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     @contextmanager
     def closed(arrays: Sequence[DeviceArray]) -> Iterator[None]:
-        is_inner = device._lanes.is_ordered
+        is_inner = device.lane().is_ordered
         if not is_inner:
             allow(0)
         try:
