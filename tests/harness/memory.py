@@ -26,6 +26,10 @@ ADDRESSABLE = Space(HOST.device, is_device=True)
 
 WITHOUT_DEVICE = "needs CuPy and a device, perhaps an emulated one"
 HAS_DEVICE = device.count() > 0
+# Whether work on a stream runs only when somebody waits for it: an emulated device, deferred.
+IS_DEFERRED = (
+    hasattr(ctypes.CDLL(None), "cuemu_host_access") and os.environ.get("CUEMU_ASYNC") == "1"
+)
 ON_DEVICE = os.environ.get("ZEROMPI_TEST_MEMORY", "host") == "device"
 
 

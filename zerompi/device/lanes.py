@@ -46,6 +46,7 @@ def lane() -> _Lane:
 def ordered(arrays: Sequence[DeviceArray]) -> Iterator[None]:
     """Let what is done to the arrays inside be ordered with what others do before and after.
 
+    The others are torch.cuda's current stream for its tensors, CuPy's for all else, and the host.
     Inside a context of this kind another one does nothing.
     """
     own = lane()
@@ -53,7 +54,9 @@ def ordered(arrays: Sequence[DeviceArray]) -> Iterator[None]:
         yield
         return
     readers = {array.reader for array in arrays}
-    streams = [cupy().cuda.get_current_stream()]
+    streams = []
+    if readers - {Reader.TORCH}:
+        streams.append(cupy().cuda.get_current_stream())
     if Reader.TORCH in readers:
         streams.append(_torchs_stream())
     for stream in streams:
@@ -101,8 +104,10 @@ def ready() -> None:
 
 
 def synchronise() -> None:
-    """Wait for CuPy's current stream."""
+    """Wait for the current streams, CuPy's and, where it computes, torch.cuda's."""
     cupy().cuda.get_current_stream().synchronize()
+    if has_torch_cuda():
+        torch.cuda.current_stream().synchronize()
 
 
 class Handover:
