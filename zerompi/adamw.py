@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zerompi import device
 from zerompi.gradient_norms import continues, joined
-from zerompi.kernels.adamw import Hyperparameters
+from zerompi.kernels.adamw import Hyperparameters, Shard, launch_adamw
 
 _STATES = ("exp_avg", "exp_avg_sq")
 
@@ -67,7 +67,8 @@ class AdamW(torch.optim.AdamW):
         )
         weights = joined(run)[0]
         gradient = joined([p.grad for p in run if p.grad is not None])[0]
-        device.step_adamw((weights, gradient, *states), hyper, step)
+        with device.beside(weights):
+            launch_adamw(Shard(*map(device.as_cupy, (weights, gradient, *states))), hyper, step)
 
     def _flat_state(self, run: Sequence[Tensor], key: str) -> Tensor:
         """A state of all of them, 1-D; what lies elsewhere, or nowhere, is brought together."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zerompi import device
+from zerompi.kernels.norm import launch_sums_of_squares
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,7 +29,19 @@ def squares_on_device(gradients: Iterable[Tensor]) -> list[float] | None:
     for part in parts:
         if part.dtype not in _KERNEL_DTYPES or not part.is_contiguous() or not device.holds(part):
             return None
-    return device.sums_of_squares(joined(parts))
+    return sums_of_squares(joined(parts))
+
+
+def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """The sum of squares of each tensor; the host waits once, for all.
+
+    Args:
+        tensors: 1-D, in device memory, float32, float16 or bfloat16; at least one.
+    """
+    with device.beside(tensors[0]):
+        sums = launch_sums_of_squares([device.as_cupy(tensor) for tensor in tensors])
+        numbers: list[float] = sums.get().tolist()
+    return numbers
 
 
 def joined(parts: Sequence[Tensor]) -> list[Tensor]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import zerompi
 from collectives.samples import documented_sum, numbers
-from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, DeviceMemory, synchronise
+from harness.memory import HAS_DEVICE, IS_DEFERRED, WITHOUT_DEVICE, DeviceMemory, synchronise
 from zerompi import cuda_aware, device
 from zerompi.collectives import Group, all_gather, all_reduce, all_to_all, broadcast
 from zerompi.collectives import transport as transports
 from zerompi.collectives.node import DeviceNode
 from zerompi.collectives.transport import CudaAware, Staged
 from zerompi.cuda_aware import Answer
+from zerompi.memory import DeviceArray, Reader
 
 pytestmark = pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
 
@@ -171,7 +173,7 @@ def test_mapped_memory_is_read_before_it_is_unmapped(device_node, monkeypatch):
     was_done, close = [], device.Mapped.close
 
     def noted(mapped):
-        was_done.append(device._lane().stream.done)
+        was_done.append(device.lane().stream.done)
         close(mapped)
 
     monkeypatch.setattr(device.Mapped, "close", noted)
@@ -220,6 +222,39 @@ def test_a_collective_comes_after_what_its_stream_was_given_and_before_what_it_i
         stream.synchronize()
     synchronise()
     assert doubled.get().tolist() == [2.0 * group.size * (group.size + 1)] * 5
+
+
+@pytest.mark.skipif(not IS_DEFERRED, reason="needs an emulated device with deferred streams")
+@pytest.mark.filterwarnings("ignore:ExternalStream is deprecated")  # CuPy 13 has nothing else
+def test_tensors_of_torch_cuda_are_ordered_with_its_stream_alone(monkeypatch):
+    """CuPy's current stream, the default one in the communication thread, has no part in it."""
+    import cupy
+
+    put(torch.ones(1))
+    of_torch, of_cupy = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    current = SimpleNamespace(cuda_stream=of_torch.ptr)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    with of_torch:
+        source, target = cupy.full(5, 3, "f4"), cupy.empty(5, "f4")
+    flats = [
+        DeviceArray(array.data.ptr, array.size, torch.float32, array, Reader.TORCH)
+        for array in (target, source)
+    ]
+    with of_cupy:
+        cupy.full(5, 1)
+        given = of_cupy.record()
+        with device.ordered(flats):
+            device.copy(*flats)
+        device.ready()
+    assert target.get(stream=of_torch).tolist() == [3] * 5  # copied after it was filled
+    assert not given.done
+
+    with of_cupy, device.ordered(flats):
+        device.copy(*flats)
+    of_cupy.synchronize()
+    assert not device.lane().stream.done
+    of_torch.synchronize()
+    assert device.lane().stream.done
 
 
 def test_what_is_sent_may_be_written_again_at_once(group):

@@ -26,6 +26,10 @@ ADDRESSABLE = Space(HOST.device, is_device=True)
 
 WITHOUT_DEVICE = "needs CuPy and a device, perhaps an emulated one"
 HAS_DEVICE = device.count() > 0
+# Whether work on a stream runs only when somebody waits for it: an emulated device, deferred.
+IS_DEFERRED = (
+    hasattr(ctypes.CDLL(None), "cuemu_host_access") and os.environ.get("CUEMU_ASYNC") == "1"
+)
 ON_DEVICE = os.environ.get("ZEROMPI_TEST_MEMORY", "host") == "device"
 
 
@@ -62,7 +66,7 @@ def host_may_touch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     @contextmanager
     def closed(arrays: Sequence[DeviceArray]) -> Iterator[None]:
-        is_inner = device._lanes.is_ordered
+        is_inner = device.lane().is_ordered
         if not is_inner:
             allow(0)
         try:

@@ -18,10 +18,10 @@ from kernels.samples import (
     assert_same_bits,
     random_blocks,
 )
+from zerompi.device import compiler
 from zerompi.kernels import (
     adamw,
     casting,
-    compiler,
     norm,
     packing,
     quantization,
@@ -252,14 +252,14 @@ def test_sum_of_squares(cupy, monkeypatch, dtype, most_blocks):
     monkeypatch.setattr(compiler, "MOST_BLOCKS", most_blocks)
     values = np.random.default_rng(7).standard_normal(BLOCKS * BLOCK + 1).astype(np.float32)
     values = as_dtype(values, dtype)
-    out = norm.launch_sum_of_squares(cupy.asarray(values))
+    out = norm.launch_sums_of_squares([cupy.asarray(values)])
     assert_same_bits(out, np.array([norm.sum_of_squares(values)]))
 
 
 @pytest.mark.parametrize("n", [0, 1, 255, 257, 8191, 8193])
 def test_sum_of_squares_of_any_size(cupy, n):
     values = np.full(n, LARGEST)
-    out = norm.launch_sum_of_squares(cupy.asarray(values))
+    out = norm.launch_sums_of_squares([cupy.asarray(values)])
     assert_same_bits(out, np.array([norm.sum_of_squares(values)]))
 
 
@@ -268,5 +268,5 @@ def test_sum_of_squares_of_any_size(cupy, n):
 def test_sum_of_squares_is_not_finite_if_a_value_is_not(cupy, dtype, bad):
     values = np.ones(9000, np.float32)
     values[8500] = bad
-    out = norm.launch_sum_of_squares(cupy.asarray(as_dtype(values, dtype)))
+    out = norm.launch_sums_of_squares([cupy.asarray(as_dtype(values, dtype))])
     assert not math.isfinite(float(out[0]))

@@ -9,7 +9,7 @@ import zerompi
 from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, host_may_touch
 from models import CASES, build
 from test_device_memory import build_on_device, losses_of
-from zerompi import device
+from zerompi import adamw, device
 
 on_device = pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
 PLACES = [
@@ -71,9 +71,9 @@ def test_steps_are_those_of_torch(comm, make, stage, options):
 @pytest.mark.parametrize("stage", [0, 3])
 def test_device_memory_is_stepped_by_few_launches(comm, stage, reduce_dtype, monkeypatch):
     launches = []
-    step_adamw = device.step_adamw
+    launch = adamw.launch_adamw
     monkeypatch.setattr(
-        device, "step_adamw", lambda *args: launches.append(len(args)) or step_adamw(*args)
+        adamw, "launch_adamw", lambda *args: launches.append(len(args)) or launch(*args)
     )
     model, _ = build_on_device(CASES["gpt"])
     opt = zerompi.AdamW(model.parameters())

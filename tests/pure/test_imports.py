@@ -24,8 +24,9 @@ LAYERS = [
         "placeholder",
         "report",
         "memory",
-        "kernels",
     },
+    {"device"},
+    {"kernels"},
     {
         "launch",
         "activity",
@@ -37,7 +38,6 @@ LAYERS = [
         "traffic",
         "nested",
         "comm_thread",
-        "device",
         "cuda_aware",
         "local_device",
     },
@@ -90,8 +90,9 @@ FORBIDDEN = {
     "placement": {"torch", "mpi4py", "numpy"},
     "dtypes": {"mpi4py"},
     "report": {"mpi4py"},
-    "memory": {"mpi4py", "numpy", "cupy"},
+    "memory": {"mpi4py", "numpy"},
     "device": {"mpi4py"},
+    "kernels": {"mpi4py"},
     "nested": {"mpi4py"},
     "units": {"mpi4py"},
     "precision": {"mpi4py"},
@@ -163,8 +164,19 @@ def test_only_the_top_layer_uses_what_the_package_exports(path):
 
 @pytest.mark.parametrize("part", FORBIDDEN)
 def test_a_module_does_not_know_of_what_it_must_not(part):
-    packages = {name.split(".")[0] for name in imported(PACKAGE / f"{part}.py")}
+    files = [path for path in FILES if part_of(path) == part]
+    packages = {name.split(".")[0] for path in files for name in imported(path)}
     assert packages & FORBIDDEN[part] == set()
+    assert files
+
+
+def test_the_device_package_alone_imports_cupy():
+    users = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "cupy" for name in imported(path))
+    }
+    assert users == {"device"}
 
 
 def test_the_package_imports_neither_the_command_line_nor_optional_packages():

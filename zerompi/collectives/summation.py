@@ -12,6 +12,7 @@ from torch import Tensor
 from zerompi import device
 from zerompi.arrays import as_numpy
 from zerompi.dtypes import SAME_SUM, accumulate_dtype
+from zerompi.kernels.summation import launch_sum_in_order
 from zerompi.memory import DeviceArray, Flat
 
 # What one thread sums at a time: a block of the accumulator stays in a core's own cache while the
@@ -40,7 +41,7 @@ def sum_in_order(summands: Sequence[Flat], out: Flat, scale: float) -> None:
 def _sum_on_device(summands: Sequence[Flat], out: DeviceArray, scale: float) -> None:
     """The same on a device: by a kernel, or on the host for dtypes that have none."""
     arrays = [summand for summand in summands if isinstance(summand, DeviceArray)]
-    if not device.sum_in_order(arrays, out, scale):
+    if not launch_sum_in_order(arrays, out, scale):
         copies = [device.to_host(array) for array in arrays]
         _sum_on_host(copies, copies[0], scale)
         device.from_host(out, copies[0])

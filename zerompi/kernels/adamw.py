@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from zerompi.device.compiler import THREADS, launch
 from zerompi.kernels.casting import CONVERSIONS, NAMES, narrow, require_flat, widen
-from zerompi.kernels.compiler import THREADS, launch
 
 Array = np.ndarray[Any, Any]
 

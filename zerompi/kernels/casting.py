@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from zerompi.kernels.compiler import THREADS, launch
+from zerompi.device.compiler import THREADS, launch
 
 Array = np.ndarray[Any, Any]
 

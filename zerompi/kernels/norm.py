@@ -10,12 +10,13 @@ are added in the same way, as if they were one tile of as many rows as they need
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from zerompi.device.compiler import THREADS, empty, launch
 from zerompi.kernels.casting import CONVERSIONS, NAMES, require_flat, widen
-from zerompi.kernels.compiler import THREADS, empty, launch
 
 Array = np.ndarray[Any, Any]
 
@@ -104,14 +105,15 @@ def sum_of_squares(values: Array) -> float:
         return float(_add_rows(padded.reshape(1, rows, THREADS))[0])
 
 
-def launch_sum_of_squares(values: Any) -> Any:
-    """`sum_of_squares` on the device: a float64 CuPy array of one number, still to be computed."""
-    require_flat("values", values)
-    tiles = _ceil(values.size, _TILE)
-    sums = empty(tiles, np.float64)
-    out = empty(1, np.float64)
-    launch(SOURCE, f"tiles_{NAMES[values.dtype]}", tiles, values, sums, np.int64(values.size))
-    launch(SOURCE, "add_sums", 1, sums, out, np.int64(tiles))
+def launch_sums_of_squares(arrays: Sequence[Any]) -> Any:
+    """`sum_of_squares` of each CuPy array: a float64 CuPy array of them, still to be computed."""
+    out = empty(len(arrays), np.float64)
+    for number, values in enumerate(arrays):
+        require_flat("values", values)
+        tiles = _ceil(values.size, _TILE)
+        sums = empty(tiles, np.float64)
+        launch(SOURCE, f"tiles_{NAMES[values.dtype]}", tiles, values, sums, np.int64(values.size))
+        launch(SOURCE, "add_sums", 1, sums, out[number : number + 1], np.int64(tiles))
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from zerompi.kernels.compiler import addresses, launch, to_device
+from zerompi.device.compiler import addresses, launch, to_device
 
 Array = np.ndarray[Any, Any]
 

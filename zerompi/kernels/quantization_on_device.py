@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from zerompi.device.compiler import THREADS, addresses, launch, to_device
 from zerompi.kernels.casting import CONVERSIONS, NAMES, require_flat
-from zerompi.kernels.compiler import THREADS, addresses, launch, to_device
 from zerompi.kernels.quantization import (
     check_error_arrays,
     check_packed,

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+
+from zerompi.device.compiler import THREADS, launch, to_device
+from zerompi.memory import DeviceArray
 
 # dtype -> kernel. Sums of integers wrap around, so those of two's complements need no kernels of their own.
 SUM_KERNELS = {
@@ -140,3 +146,21 @@ INTEGERS(sum_16, u16, false)
 INTEGERS(sum_32, u32, false)
 INTEGERS(sum_64, u64, false)
 """
+
+
+def launch_sum_in_order(summands: Sequence[DeviceArray], out: DeviceArray, scale: float) -> bool:
+    """`out` = `scale` times the sum, first to last; False, and nothing done, if there is no kernel."""
+    kernel = SUM_KERNELS.get(out.dtype)
+    if kernel is None:
+        return False
+    launch(
+        SUM_SOURCE,
+        kernel,
+        -(-out.numel() // THREADS),
+        to_device([summand.data_ptr() for summand in summands]),
+        np.int32(len(summands)),
+        np.uint64(out.data_ptr()),
+        np.int64(out.numel()),
+        np.float64(scale),
+    )
+    return True

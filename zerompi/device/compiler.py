@@ -1,4 +1,4 @@
-"""Compiles kernels when they are first used, and launches them; alone here knows CuPy."""
+"""Compiles kernels when they are first used, and launches them; makes arrays for them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+from zerompi.device.driver import cupy
 
 THREADS = 256  # of a block of every kernel
 # Kernels stride over what they are given; more blocks than this would keep no device busier.
@@ -33,24 +35,18 @@ def launch(source: str, name: str, blocks: int, *arguments: Any) -> None:
         arguments: CuPy arrays and NumPy scalars of the kernel's own types.
     """
     if blocks:
-        from cupy import cuda
-
-        kernel = _kernel(source, name, cuda.Device().id)
+        kernel = _kernel(source, name, cupy().cuda.Device().id)
         kernel((min(blocks, MOST_BLOCKS),), (THREADS,), arguments)
 
 
 def empty(numel: int, dtype: Any) -> Any:
     """A new device array."""
-    import cupy
-
-    return cupy.empty(numel, dtype)
+    return cupy().empty(numel, dtype)
 
 
 def to_device(numbers: Sequence[int]) -> Any:
     """A device array of 64-bit integers."""
-    import cupy
-
-    return cupy.asarray(np.array(numbers, np.int64))
+    return cupy().asarray(np.array(numbers, np.int64))
 
 
 def addresses(arrays: Iterable[Any]) -> list[int]:
@@ -66,9 +62,8 @@ def _kernel(source: str, name: str, device: int) -> Any:
 @functools.cache
 def _module(source: str, device: int) -> Any:
     """The module of a source in the context of the current device, which is `device`."""
-    from cupy.cuda import compiler, function
-
-    binary, _ = compiler.compile_using_nvrtc(source, OPTIONS, filename="kernels.cu")
-    module = function.Module()
+    cuda = cupy().cuda
+    binary, _ = cuda.compiler.compile_using_nvrtc(source, OPTIONS, filename="kernels.cu")
+    module = cuda.function.Module()
     module.load(binary)
     return module

@@ -1,0 +1,147 @@
+"""Streams: each thread's lane, its order with the streams of others, work handed to another thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerompi.device.driver import activate, cupy, has_torch_cuda, is_active, prepare_thread
+from zerompi.memory import DeviceArray, Reader
+
+
+class _Lane(threading.local):
+    """What one thread communicates with.
+
+    Attributes:
+        stream: on which it copies and adds.
+        fetch: on which it copies what is going to be sent through the host.
+        is_ordered: whether a collective runs.
+        consumer: in a thread that works for another one, that one's stream of torch.cuda.
+    """
+
+    stream: Any = None
+    fetch: Any = None
+    is_ordered = False
+    consumer: Any = None
+
+
+_lanes = _Lane()
+
+
+def lane() -> _Lane:
+    """This thread's lane; it has streams from the first device buffer on."""
+    if is_active() and _lanes.stream is None:
+        prepare_thread()
+        _lanes.stream = cupy().cuda.Stream(non_blocking=True)
+        _lanes.fetch = cupy().cuda.Stream(non_blocking=True)
+    return _lanes
+
+
+@contextmanager
+def ordered(arrays: Sequence[DeviceArray]) -> Iterator[None]:
+    """Let what is done to the arrays inside be ordered with what others do before and after.
+
+    The others are torch.cuda's current stream for its tensors, CuPy's for all else, and the host.
+    Inside a context of this kind another one does nothing.
+    """
+    own = lane()
+    if own.is_ordered:
+        yield
+        return
+    readers = {array.reader for array in arrays}
+    streams = []
+    if readers - {Reader.TORCH}:
+        streams.append(cupy().cuda.get_current_stream())
+    if Reader.TORCH in readers:
+        streams.append(_torchs_stream())
+    for stream in streams:
+        own.stream.wait_event(stream.record())
+    own.is_ordered = True
+    try:
+        with own.stream:
+            yield
+    finally:
+        own.is_ordered = False
+        done = own.stream.record()
+        for stream in streams:
+            stream.wait_event(done)
+        if Reader.HOST in readers:
+            own.stream.synchronize()
+
+
+@contextmanager
+def beside(tensor: Tensor) -> Iterator[None]:
+    """Launch kernels on the stream of those who compute with the tensor.
+
+    Those are torch.cuda; or the host, which on return may read what the kernels have written.
+    """
+    if tensor.is_cuda:
+        activate(tensor.device.index)
+        with _torchs_stream():
+            yield
+        return
+    with lane().stream as stream:
+        yield
+        stream.synchronize()
+
+
+def _torchs_stream() -> Any:
+    """torch.cuda's current stream, for CuPy."""
+    return cupy().cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+
+
+def ready() -> None:
+    """Wait until this thread's lane has done everything: its buffers may be read and written by MPI.
+
+    The one place where a buffer becomes ready for MPI, or for another process.
+    """
+    lane().stream.synchronize()
+
+
+def synchronise() -> None:
+    """Wait for the current streams, CuPy's and, where it computes, torch.cuda's."""
+    cupy().cuda.get_current_stream().synchronize()
+    if has_torch_cuda():
+        torch.cuda.current_stream().synchronize()
+
+
+class Handover:
+    """Work for torch.cuda that one thread gives to another: made where it is given.
+
+    What the giving thread's stream was given before is done first; `join` lets the stream of the
+    thread that waits be behind the work.
+    """
+
+    def __init__(self) -> None:
+        self._consumer = torch.cuda.current_stream()
+        self._given = self._consumer.record_event()
+        self._done: Any = None
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """The work, in the other thread: on its lane."""
+        own = lane()
+        stream = torch.cuda.ExternalStream(own.stream.ptr)
+        stream.wait_event(self._given)
+        own.consumer = self._consumer
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            own.consumer = None
+            self._done = stream.record_event()
+
+    def join(self) -> None:
+        """Let the current stream wait for the work, which has been given to the lane."""
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+
+
+def hand_over() -> Handover | None:
+    """A `Handover` where torch.cuda computes, else None: the host waits for each collective."""
+    return Handover() if is_active() and has_torch_cuda() else None
