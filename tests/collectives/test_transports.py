@@ -225,7 +225,6 @@ def test_a_collective_comes_after_what_its_stream_was_given_and_before_what_it_i
 
 
 @pytest.mark.skipif(not IS_DEFERRED, reason="needs an emulated device with deferred streams")
-@pytest.mark.filterwarnings("ignore:ExternalStream is deprecated")  # CuPy 13 has nothing else
 def test_tensors_of_torch_cuda_are_ordered_with_its_stream_alone(monkeypatch):
     """CuPy's current stream, the default one in the communication thread, has no part in it."""
     import cupy

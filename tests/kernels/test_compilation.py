@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from zerompi.device import compiler
-from zerompi.kernels import adamw, casting, norm, packing, quantization_on_device
+from zerompi.kernels import adamw, casting, norm, packing, quantization_on_device, summation
 
-MODULES = [adamw, casting, norm, packing, quantization_on_device]
+MODULES = [adamw, casting, norm, packing, quantization_on_device, summation]
 
 
 @pytest.fixture(scope="session")

@@ -90,9 +90,23 @@ def beside(tensor: Tensor) -> Iterator[None]:
         stream.synchronize()
 
 
+class _Foreign:
+    """A stream that is not CuPy's own, as CuPy 14 takes it."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Version of the protocol, and the stream's address."""
+        return 0, self._address
+
+
 def _torchs_stream() -> Any:
     """torch.cuda's current stream, for CuPy."""
-    return cupy().cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+    address, cuda = torch.cuda.current_stream().cuda_stream, cupy().cuda
+    if hasattr(cuda.Stream, "from_external"):
+        return cuda.Stream.from_external(_Foreign(address))
+    return cuda.ExternalStream(address)  # CuPy 13
 
 
 def ready() -> None:

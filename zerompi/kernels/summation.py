@@ -30,10 +30,10 @@ SUM_KERNELS = {
 # Every kernel takes a table of `count` addresses of summands, `out`, `numel` and `scale`. One thread
 # adds all summands of an element, from the first to the last, in the accumulator's dtype, and rounds once.
 #
-# Additions and multiplications of float32 are spelt as instructions: the compiler neither fuses them
-# nor, as CuPy tells it to, flushes subnormal numbers. Conversions of 16-bit floats are arithmetic on
+# Additions and multiplications of float32 are spelt as instructions, which no option of the compiler
+# fuses or lets flush subnormal numbers. Conversions of 16-bit floats are arithmetic on
 # their bits, which rounds to the nearest, ties to even, on every device.
-SUM_SOURCE = r"""
+SOURCE = r"""
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -154,7 +154,7 @@ def launch_sum_in_order(summands: Sequence[DeviceArray], out: DeviceArray, scale
     if kernel is None:
         return False
     launch(
-        SUM_SOURCE,
+        SOURCE,
         kernel,
         -(-out.numel() // THREADS),
         to_device([summand.data_ptr() for summand in summands]),
