@@ -54,6 +54,7 @@ def test_all_systems_train_alike(comm):
     for name in ("zerompi-1", "zerompi-2", "zerompi-3", "ddp", "zero-redundancy"):
         assert results[name].loss == pytest.approx(results["fsdp2"].loss, rel=1e-5)
         assert results[name].seconds > 0
+        assert results[name].processor > 0
         assert (results[name].reported is not None) == name.startswith("zerompi")
 
 

@@ -47,14 +47,14 @@ def table_of_collectives(
 
 def table_of_training(results: Sequence[Trained], before: Mapping[str, float], title: str) -> Table:
     """One row for each system; see `table_of_collectives`."""
-    columns = ["system", "step", "steps/s", "of free", "peak", "held", "reported"]
+    columns = ["system", "step", "of free", "CPU", "peak", "held", "reported"]
     table = Table(*columns, "loss", *(["before"] if before else []), title=title)
     for result in results:
         row = [
             result.system,
             _time(result.seconds),
-            f"{1 / result.seconds:.3f}",
             f"{result.ratio:.2f}",
+            _time(result.processor),
             f"{result.peak / 1e6:,.0f} MB",
             f"{result.held / 1e6:,.0f} MB",
             "" if result.reported is None else f"{result.reported / 1e6:,.0f} MB",

@@ -68,6 +68,7 @@ class Trained:
         system: its name.
         seconds: of a step, the slowest rank's; the median of the repetitions.
         ratio: the median over repetitions of the communication-free step's time by this one's.
+        processor: seconds of all cores together that the ranks have kept busy in a step; the median.
         peak: by how much the memory of all ranks has grown at the peak of a step, in bytes; shared
             pages count once (PSS).
         held: the same after a step, when what is free has been returned to the system.
@@ -78,6 +79,7 @@ class Trained:
     system: str
     seconds: float
     ratio: float
+    processor: float
     peak: int
     held: int
     reported: int | None
@@ -286,6 +288,7 @@ def measure(
             name,
             median(turn.seconds for turn in taken),
             median(a / turn.seconds for a, turn in zip(free, taken, strict=True)),
+            median(turn.processor for turn in taken),
             taken[-1].peak,
             taken[-1].held,
             taken[-1].reported,
@@ -298,6 +301,7 @@ def measure(
 @dataclass(frozen=True)
 class _Turn:
     seconds: float
+    processor: float
     peak: int
     held: int
     reported: int | None
@@ -311,9 +315,10 @@ def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
         for _ in range(_WARM_UP):
             running.step(x, y)
         comm.Barrier()
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         for _ in range(workload.steps):
             loss = running.step(x, y)
+        processor = comm.allreduce(time.process_time() - busy) / workload.steps
         seconds = comm.allreduce(time.perf_counter() - start, MPI.MAX) / workload.steps
         peak = peak_while(comm, partial(running.step, x, y)) - before
         held = resident_nbytes(comm) - before
@@ -321,7 +326,7 @@ def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
         mean = comm.allreduce(float(loss)) / comm.size
     del running, make
     gc.collect()
-    return _Turn(seconds, peak, held, reported, mean)
+    return _Turn(seconds, processor, peak, held, reported, mean)
 
 
 def resident_nbytes(comm: MPI.Intracomm) -> int:
