@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from zerompi.activity import progress
 from zerompi.errors import CheckpointError, ZerompiError
+from zerompi.launch import TOLD_BY_ANOTHER
 from zerompi.watchdog import waiting
 
 
@@ -29,7 +30,9 @@ def agree_error(comm: MPI.Intracomm, error: Exception | None) -> None:
     for rank, found in enumerate(errors):
         if found is not None and (error is None or rank == comm.rank):
             kind, message = found
-            raise kind(f"rank {rank}: {message}" if comm.size > 1 else message) from error
+            told = kind(f"rank {rank}: {message}" if comm.size > 1 else message)
+            setattr(told, TOLD_BY_ANOTHER, rank != comm.rank)
+            raise told from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ do *listens* for what comes next, to take its part in that with nothing of its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -37,8 +37,11 @@ class Attendance:
         return self.active[0]
 
     @contextmanager
-    def open(self) -> Iterator[None]:
+    def open(self, when_idle: Callable[[Callable[[], None]], None]) -> Iterator[None]:
         """While the context lasts, operations are announced.
+
+        After an exception also those are that this rank has started and that wait for others: these take
+        them for announced. `when_idle` calls a function when there are none left.
 
         Raises:
             ZerompiError: it is open already, or another partition's is.
@@ -50,8 +53,12 @@ class Attendance:
         try:
             yield
         finally:
-            Attendance._opened, self.is_open = None, False
-            self.active = list(range(self._world.size))
+            Attendance._opened = None
+            when_idle(self._close)
+
+    def _close(self) -> None:
+        self.is_open = False
+        self.active = list(range(self._world.size))
 
     def announce(self, what: str, operation: str, *arguments: Any) -> None:
         """Tell the ranks that listen what comes next; the arguments are those of the first active rank.

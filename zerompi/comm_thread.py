@@ -103,6 +103,8 @@ class CommThread:
         self._error: BaseException | None = None  # not raised yet
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._is_busy = False
+        self._afterwards: list[Callable[[], None]] = []
         if is_wanted and _is_possible():
             _share_heap()
             self._thread = threading.Thread(target=self._loop, name=COMM_THREAD, daemon=True)
@@ -150,6 +152,17 @@ class CommThread:
         else:
             self.submit(work).wait()
 
+    def when_idle(self, work: Callable[[], None]) -> None:
+        """Do `work`, which is short and local, when everything that was submitted has ended, well or not.
+
+        Does not wait for that.
+        """
+        with self._changed:
+            if self._queue or self._is_busy:
+                self._afterwards.append(work)
+                return
+        work()
+
     def close(self) -> None:
         """End the thread, after everything that was submitted."""
         if self._thread is None:
@@ -169,8 +182,13 @@ class CommThread:
                 if not self._queue:
                     return
                 ticket = self._queue.popleft()
+                self._is_busy = True
             error = ticket.run()
             rest = [] if error is None else self._break(error)
+            with self._changed:
+                self._is_busy = False
+                while self._afterwards and not self._queue:
+                    self._afterwards.pop(0)()
             for ended in (ticket, *rest):
                 ended.end(error)
 

@@ -292,10 +292,18 @@ def end_job(lines: Sequence[str], status: int) -> NoReturn:
     abort("".join(f"{mark} {line}\n" for line in lines), status)
 
 
+TOLD_BY_ANOTHER = "_told_by_another_rank"  # attribute of an error that this rank has only heard of
+
+
 def report_and_abort(
     kind: type[BaseException], value: BaseException, trace: TracebackType | None
 ) -> None:
-    """Print the traceback with this rank's mark, then end all ranks of COMM_WORLD with status 1."""
+    """Print the traceback with this rank's mark, then end all ranks of COMM_WORLD with status 1.
+
+    The rank that has met the error comes first, and so there is one report.
+    """
+    if getattr(value, TOLD_BY_ANOTHER, False):
+        time.sleep(_EXIT_GRACE)
     lines = "".join(traceback.format_exception(kind, value, trace)).splitlines()
     if is_out_of_memory(value):
         lines.append(

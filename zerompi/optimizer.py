@@ -179,7 +179,7 @@ class PieceOptimizer:
             text = self._describe(faulty)
             if policy == "raise":
                 raise NonFiniteError(
-                    f"{text}; the step was not taken: partition(nonfinite='skip') leaves such steps out"
+                    f"{text}; the step was not taken: nonfinite='skip' leaves such steps out"
                 )
             if self.context.world.rank == 0:
                 _log.warning("%s; the optimizer step is skipped", text)

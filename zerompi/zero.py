@@ -229,7 +229,8 @@ class Zero:
             MismatchError: ranks that still have batches do different things.
         """
         self._parts.agree("join")
-        with self._context.attendance.open(), self._zero_grad.announced():
+        context = self._context
+        with context.attendance.open(context.thread.when_idle), self._zero_grad.announced():
             yield
             self._follower.follow()
             self._follower.catch_up(schedulers)

@@ -104,7 +104,14 @@ def run_with_fault(run_mpi, phase, kind, directory, **environment):
 
 
 @pytest.mark.parametrize(
-    ("phase", "kind"), [("gather", "kill"), ("backward", "exit-0"), ("save", "segfault")]
+    ("phase", "kind"),
+    [
+        ("gather", "kill"),
+        ("backward", "exit-0"),
+        ("save", "segfault"),
+        ("save", "exception"),  # all ranks raise it
+        ("optimizer", "memory"),
+    ],
 )
 def test_a_rank_that_dies_ends_the_job_and_leaves_the_last_checkpoint(
     run_mpi, tmp_path, phase, kind
@@ -114,6 +121,11 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_the_last_checkpoint(
         assert "in fault" in job.output  # Python's stack
     elif kind == "exit-0":
         assert job.output.count("left with os._exit(0): ending the job") == 1
+    elif kind in ("exception", "memory"):
+        assert job.output.count("Traceback (most recent call last)") == 1
+        assert "[rank 2 of 3 on" in job.output
+    if kind == "memory":
+        assert job.output.count("out of memory: a higher stage, more ranks") == 1
 
 
 def test_a_rank_that_hangs_is_named_with_its_phase_and_stack(run_mpi, tmp_path):

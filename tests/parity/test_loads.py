@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import zerompi
+from harness.disks import Disk
 from models import CASES, build, own_slice
 from zerompi.checkpoint import CheckpointError
 from zerompi.generators import generator_states, prepare_states, states_of_rank
@@ -179,36 +178,76 @@ def test_a_saved_run_goes_on_in_plain_torch(comm, shared):
 # -- disks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blocking", [True, False])
-def test_a_full_disk_is_one_error_on_every_rank(comm, shared, blocking):
-    disk = shared / "disk"
-    if comm.rank == 0:
-        disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
-        mounted = shutil.which("mount") is not None and not subprocess.run(mount).returncode
-    else:
-        mounted = None
-    if not comm.bcast(mounted):
+@pytest.fixture
+def disk(comm, shared):
+    """A small file system of this test, on all ranks: its path, and `remount(options)`."""
+    mounted = Disk.mount(shared / "disk", "size=300k") if comm.rank == 0 else None
+    if not comm.bcast(mounted is not None):
         pytest.skip("cannot mount a small file system")
-    model, optimizer = build(CASE)
-    try:
-        with zerompi.partition(model, optimizer, comm=comm) as zero:
-            zero.save(disk / "step-1")  # without states it fits
-            train(comm, model, optimizer)
-            with pytest.raises(CheckpointError, match=os.strerror(errno.ENOSPC)):
-                zero.save(disk / "step-2", blocking=blocking)
-                zero.wait_for_save()
-            comm.Barrier()
-            assert {path.name for path in disk.iterdir()} == {"step-1", "latest"}
-            zero.load(disk / "latest")
-    finally:
+
+    def remount(options):
         comm.Barrier()
-        if comm.rank == 0:
-            subprocess.run(["umount", "-l", disk], check=True)
+        if mounted is not None:
+            mounted.remount(options)
+        comm.Barrier()
+
+    yield shared / "disk", remount
+    comm.Barrier()
+    if mounted is not None:
+        mounted.unmount()
+
+
+def contents(comm, directory) -> dict[str, bytes | Path]:
+    """Every file and link below `directory`."""
+    comm.Barrier()
+    return {
+        str(path.relative_to(directory)): path.readlink()
+        if path.is_symlink()
+        else path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.parametrize("target", ["step-2", "step-1"])
+def test_a_full_disk_is_one_error_on_every_rank(comm, disk, blocking, target):
+    path, remount = disk
+    model, optimizer = build(CASE)
+    with zerompi.partition(model, optimizer, comm=comm) as zero:
+        zero.save(path / "step-1")  # without states it fits
+        before, weights = contents(comm, path), zero.full_state_dict()
+        train(comm, model, optimizer)
+        with pytest.raises(CheckpointError, match=rf"/\.{target}\S+: {os.strerror(errno.ENOSPC)}"):
+            zero.save(path / target, blocking=blocking, keep=1)
+            zero.wait_for_save()
+        assert contents(comm, path) == before
+        remount("size=8m")
+        zero.save(path / "step-3", blocking=blocking)
+        zero.load(path / "step-1")
+        assert all(map(torch.equal, zero.full_state_dict().values(), weights.values()))
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.parametrize("target", ["step-2", "step-1", "new/step-2"])
+def test_a_read_only_directory_is_one_error_on_every_rank(comm, disk, blocking, target):
+    path, remount = disk
+    model, optimizer = build(CASE)
+    with zerompi.partition(model, optimizer, comm=comm) as zero:
+        zero.save(path / "step-1", extra={"step": 1})
+        before = contents(comm, path)
+        remount("ro")
+        train(comm, model, optimizer)
+        with pytest.raises(CheckpointError, match=os.strerror(errno.EROFS)) as caught:
+            zero.save(path / target, blocking=blocking, keep=1)
+            zero.wait_for_save()
+        assert len(set(comm.allgather(str(caught.value)))) == 1
+        assert contents(comm, path) == before
+        assert zero.load(path / "latest") == {"step": 1}
 
 
 def test_a_directory_that_cannot_be_made_is_one_error_on_every_rank(comm, shared, monkeypatch):
-    """As in a directory without the right to write, which root has everywhere."""
+    """As in a directory without the right to write, which root has everywhere but on read-only disks."""
 
     def refuse(self, *args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))

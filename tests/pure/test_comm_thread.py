@@ -49,6 +49,24 @@ def test_an_error_is_raised_once_and_cancels_what_comes_behind_it():
     thread.close()
 
 
+@pytest.mark.parametrize("work", [lambda: None, fail])
+def test_what_is_to_be_done_when_idle_comes_after_the_queue_however_that_ends(work):
+    thread = CommThread(is_wanted=True)
+    if not thread.overlaps:
+        pytest.skip("no thread")
+    gate, done = threading.Event(), []
+    thread.submit(gate.wait)
+    last = thread.submit(work)
+    thread.when_idle(lambda: done.append("then"))
+    assert done == []
+    gate.set()
+    last.abandon()
+    assert done == ["then"]
+    thread.when_idle(lambda: done.append("at once"))
+    assert done == ["then", "at once"]
+    thread.close()
+
+
 def test_the_end_of_the_queue_raises_what_went_wrong(thread):
     with pytest.raises(KeyError):
         thread.submit(fail)

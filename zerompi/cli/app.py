@@ -51,10 +51,10 @@ def run(arguments: Sequence[str]) -> int:
         action = agree(world, lambda: _parse(arguments or ["--help"]))
         if action is not None:
             return action() or 0
-    except InputError as error:
+    except (InputError, zerompi.NonFiniteError) as error:  # the same on all ranks
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 

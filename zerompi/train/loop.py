@@ -12,6 +12,7 @@ import numpy as np
 import torch.nn.functional as F
 from mpi4py import MPI
 
+from zerompi.errors import NonFiniteError
 from zerompi.stop import StopRequest
 from zerompi.train.agreement import agree
 from zerompi.train.checkpoints import prepare_output, save_checkpoint
@@ -19,6 +20,7 @@ from zerompi.train.config import TrainConfig
 from zerompi.train.data import training_windows
 from zerompi.train.display import Display, StepMetrics, make_console, make_display
 from zerompi.train.evaluate import Evaluation, evaluate
+from zerompi.train.faults import SkippedSteps, find_cause, start_of_backward
 from zerompi.train.job import Job, prepare, restore
 from zerompi.train.memory import peak_rss
 from zerompi.train.metrics import MetricsLog
@@ -43,6 +45,7 @@ def train(config: TrainConfig, comm: MPI.Intracomm) -> Summary | None:
 
     Raises:
         InputError: the configuration cannot be used; the same on all ranks, before training.
+        NonFiniteError: of a step, a loss or gradient; the same on all ranks.
     """
     with StopRequest(config.max_time, margin=config.margin) as stop:
         return _train(config, comm, stop)
@@ -96,6 +99,7 @@ class _Run:
         self.stop = stop
         self.done = done
         self.meter = Meter()
+        self.skipped = SkippedSteps()
 
     def run(self) -> Summary | None:
         """Train until the last step, or until a stop is requested."""
@@ -124,6 +128,28 @@ class _Run:
     def _step(self, step: int, *, evaluated_before: bool) -> _Outcome:
         job, config = self.job, self.job.config
         start = time.perf_counter()
+        loss = self._passes(step)
+        norm = float(job.zero.clip_grad_norm_(config.clip or float("inf")))
+        lr = job.optimizer.param_groups[0]["lr"]
+        self._update(step, loss)
+        job.scheduler.step()
+        everyone = self._exchange(loss)
+        self.skipped.tell(step, everyone[:, 0].tolist())
+        seconds = time.perf_counter() - start
+        self.meter.add(job.zero.report(), seconds, evaluated_before=evaluated_before)
+        metrics = StepMetrics(
+            step=step,
+            loss=fsum(everyone[:, 0]) / job.comm.size,
+            lr=lr,
+            grad_norm=norm,
+            tokens_per_second=config.tokens_per_step / seconds,
+            peak_rss=int(everyone[:, 2].max()),
+        )
+        return _Outcome(metrics, self.stop.conclude(int(everyone[:, 1].max())))
+
+    def _passes(self, step: int) -> float:
+        """Forward and backward passes of a step; the mean of this rank's losses. Collective."""
+        job, config = self.job, self.job.config
         losses = []
         with job.zero.accumulate(config.accumulate):
             for turn in range(config.accumulate):
@@ -137,25 +163,25 @@ class _Run:
                 )
                 logits = next_token_logits(job.model, inputs.to(job.device))
                 loss = F.cross_entropy(logits.flatten(0, 1), targets.to(job.device).flatten())
-                loss.backward()
+                loss.backward(None if config.nonfinite == "ignore" else start_of_backward(loss))
                 losses.append(float(loss.detach()))
-        norm = float(job.zero.clip_grad_norm_(config.clip or float("inf")))
-        lr = job.optimizer.param_groups[0]["lr"]
-        job.optimizer.step()
+        return fsum(losses) / len(losses)
+
+    def _update(self, step: int, loss: float) -> None:
+        """Step the optimizer. Collective.
+
+        Raises:
+            NonFiniteError: a gradient is NaN or infinite; names the step and the ranks, too.
+        """
+        job = self.job
+        try:
+            with self.skipped.kept():
+                job.optimizer.step()
+        except NonFiniteError as error:
+            job.optimizer.zero_grad()
+            cause = find_cause(job.model, job.comm, loss, lambda: self._passes(step))
+            raise NonFiniteError(f"step {step}: {cause}: {error}") from None
         job.optimizer.zero_grad()
-        job.scheduler.step()
-        everyone = self._exchange(fsum(losses) / len(losses))
-        seconds = time.perf_counter() - start
-        self.meter.add(job.zero.report(), seconds, evaluated_before=evaluated_before)
-        metrics = StepMetrics(
-            step=step,
-            loss=fsum(everyone[:, 0]) / job.comm.size,
-            lr=lr,
-            grad_norm=norm,
-            tokens_per_second=config.tokens_per_step / seconds,
-            peak_rss=int(everyone[:, 2].max()),
-        )
-        return _Outcome(metrics, self.stop.conclude(int(everyone[:, 1].max())))
 
     def _exchange(self, loss: float) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
         """Loss, request to stop and memory of every rank; (ranks, 3)."""

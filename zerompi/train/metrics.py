@@ -34,12 +34,13 @@ class MetricsLog:
         self._board: SummaryWriter = SummaryWriter(str(board), purge_step=purge)
 
     def write(self, kind: str, step: int, **values: float) -> None:
-        """Write one line, and one point of each value."""
+        """Write one line, and one point of each value that is finite."""
         record: dict[str, Any] = {"kind": kind, "step": step}
         record.update({k: v if math.isfinite(v) else None for k, v in values.items()})
         self._file.write(json.dumps(record) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+            if math.isfinite(value):  # tensorboardX prints a warning of its own for others
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Show `text` in TensorBoard."""

@@ -1,0 +1,120 @@
+"""Disks that are full, read-only or damaged: `zerompi train` says so in one line and overwrites nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.disks import Disk
+from harness.mpirun import MPIRun
+
+_WORDS = (
+    "-m zerompi train --layers 1 --width 128 --heads 2 --context 8 --batch 12 --steps 12 --sample 0 "
+    "--save-every 3 --keep 0 --eval-every 0 --eval-batches 1 --resume auto"
+)
+_NBYTES = 3 << 20  # of a checkpoint, nearly
+
+
+def error_of(job: MPIRun) -> str:
+    """The one line with which a job has ended."""
+    assert job.returncode == 2, job.output
+    assert "Traceback" not in job.output
+    (line,) = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    """Every file below `directory`."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A file system that has room for two checkpoints."""
+    mounted = Disk.mount(tmp_path / "disk", f"size={_NBYTES * 5 // 2}")
+    if mounted is None:
+        pytest.skip("cannot mount a small file system")
+    yield mounted
+    mounted.unmount()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--no-save-in-background", "--save-in-background"])
+def test_a_full_disk_ends_the_job_and_with_more_room_it_goes_on(
+    run_mpi: Callable[..., MPIRun], disk: Disk, option: str
+) -> None:
+    words = [*_WORDS.split(), option, "--out", disk.path]
+    line = error_of(run_mpi(3, words, timeout=60))
+    assert "safetensors: No space left on device" in line
+    checkpoints = disk.path / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"step-3", "step-6", "latest"}
+    assert os.readlink(checkpoints / "latest") == "step-6"
+    disk.remount(f"size={_NBYTES * 5}")
+    job = run_mpi(3, words, timeout=60)
+    assert job.returncode == 0, job.output
+    assert f"continuing from {checkpoints}/step-6 after step 6" in job.stdout
+
+
+@pytest.mark.slow
+def test_a_read_only_directory_ends_the_job(run_mpi: Callable[..., MPIRun], tmp_path: Path) -> None:
+    mounted = Disk.mount(tmp_path / "out" / "checkpoints", "ro")
+    if mounted is None:
+        pytest.skip("cannot mount a small file system")
+    try:
+        job = run_mpi(
+            3, [*_WORDS.split(), "--save-in-background", "--out", tmp_path / "out"], timeout=60
+        )
+    finally:
+        mounted.unmount()
+    line = error_of(job)
+    assert f"{mounted.path}/.step-3" in line
+    assert line.endswith(": Read-only file system")
+
+
+def _flip(directory: Path) -> None:
+    raw = bytearray((directory / "model.safetensors").read_bytes())
+    raw[-9] ^= 4
+    (directory / "model.safetensors").write_bytes(raw)
+
+
+def _cut(directory: Path) -> None:
+    path = directory / "optimizer.safetensors"
+    os.truncate(path, path.stat().st_size - 100)
+
+
+_DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "a flipped bit": (_flip, "", r"model.safetensors: bytes [1"),
+    "a truncated file": (_cut, "", "optimizer.safetensors: expected "),
+    "a missing file": (
+        lambda directory: (directory / "model.safetensors").unlink(),
+        "",
+        "model.safetensors: expected a file, got nothing there",
+    ),
+    "another model": (
+        lambda directory: None,
+        "--width 64",
+        "the checkpoint is not of this model: embedding.weight: expected shape (256, 64), got (256, 128)",
+    ),
+}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_damaged_or_of_another_model_is_not_continued(
+    run_mpi: Callable[..., MPIRun], tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    job = run_mpi(3, [*_WORDS.split(), "--steps", "6", "--out", whole], timeout=60)
+    assert job.returncode == 0, job.output
+    for damage, options, said in _DAMAGES.values():
+        shutil.copytree(whole, out, symlinks=True)
+        damage(out / "checkpoints" / "step-6")
+        before = contents(out)
+        job = run_mpi(3, [*_WORDS.split(), *options.split(), "--out", out], timeout=60)
+        assert said in error_of(job)
+        assert contents(out) == before
+        assert os.readlink(out / "checkpoints" / "latest") == "step-6"
+        shutil.rmtree(out)
