@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
+from harness.commands import CommandRun
 from harness.disks import Disk
 from harness.mpirun import MPIRun
 
@@ -102,19 +104,20 @@ _DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 }
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_is_damaged_or_of_another_model_is_not_continued(
-    run_mpi: Callable[..., MPIRun], tmp_path: Path
+    comm: MPI.Intracomm, command: Callable[..., CommandRun], shared_path: Path
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    job = run_mpi(3, [*_WORDS.split(), "--steps", "6", "--out", whole], timeout=60)
-    assert job.returncode == 0, job.output
-    for damage, options, said in _DAMAGES.values():
-        shutil.copytree(whole, out, symlinks=True)
-        damage(out / "checkpoints" / "step-6")
+    words = _WORDS.split()[2:]
+    whole = shared_path / "whole"
+    assert command(*words, "--steps", "6", "--out", whole).status == 0
+    for number, (damage, options, said) in enumerate(_DAMAGES.values()):
+        out = shared_path / str(number)
+        if comm.rank == 0:
+            shutil.copytree(whole, out, symlinks=True)
+            damage(out / "checkpoints" / "step-6")
+        comm.Barrier()
         before = contents(out)
-        job = run_mpi(3, [*_WORDS.split(), *options.split(), "--out", out], timeout=60)
-        assert said in error_of(job)
+        run = command(*words, *options.split(), "--out", out)
+        assert run.is_refusal(said, comm.rank), run
         assert contents(out) == before
         assert os.readlink(out / "checkpoints" / "latest") == "step-6"
-        shutil.rmtree(out)
