@@ -105,7 +105,7 @@ FORBIDDEN = {
     "hooks": {"mpi4py"},
     "join": {"mpi4py"},
 }
-OPTIONAL = ["typer", "rich", "transformers", "tensorboardX", "peft", "cupy"]
+OPTIONAL = ["typer", "rich", "transformers", "tensorboardX", "peft", "cupy", "numba"]
 FILES = sorted(
     path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem[0] != "_"
 )

@@ -118,7 +118,14 @@ def test_a_rank_without_memory_ends_the_job_with_advice(
 def test_info_shows_the_job(run_mpi: Callable[..., MPIRun], ranks: int) -> None:
     job = run_mpi(ranks, ["-m", "zerompi", "info"])
     assert job.returncode == 0, job.output
-    for word in ("MPI library", "thread level", "threads per rank", "memory", "torch"):
+    for word in (
+        "MPI library",
+        "thread level",
+        "threads per rank",
+        "16-bit sums",
+        "memory",
+        "torch",
+    ):
         assert job.stdout.count(word) == 1
     assert f"ranks {', '.join(map(str, range(ranks)))} " in job.stdout
 

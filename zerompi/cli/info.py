@@ -15,12 +15,14 @@ from rich.table import Table
 import zerompi
 from zerompi import cuda_aware, device
 from zerompi.cli.probe import probe as run_probe
+from zerompi.collectives.summation import COMPILED, compiled_sum
+from zerompi.kernels import summation_on_host
 from zerompi.launch import launched_size, local_ranks, num_cores, threads_per_rank
 from zerompi.train.config import InputError
 from zerompi.train.devices import why_not
 from zerompi.train.display import make_console
 
-_PACKAGES = ("mpi4py", "torch", "numpy", "safetensors", "transformers")
+_PACKAGES = ("mpi4py", "torch", "numpy", "numba", "safetensors", "transformers")
 _THREAD_LEVELS = {
     MPI.THREAD_SINGLE: "MPI_THREAD_SINGLE",
     MPI.THREAD_FUNNELED: "MPI_THREAD_FUNNELED",
@@ -68,6 +70,7 @@ def _show(probe_with: tuple[str | None] | None) -> None:
         table.add_row(f"node {node}", f"{names}: ranks {', '.join(map(str, ranks))}")
     table.add_row("cores of rank 0", f"{num_cores()} of {os.cpu_count()}")
     table.add_row("threads per rank", ", ".join(map(str, sorted(set(threads)))))
+    table.add_row("16-bit sums", _narrow_sums())
     table.add_row("memory of node 0", _memory())
     table.add_row("devices of rank 0", _devices())
     aware = cuda_aware.detect()
@@ -88,6 +91,14 @@ def _launcher() -> str:
         return "none (a single process)"
     size, name = found
     return f"{name}, {size} processes, {local_ranks()} on this node"
+
+
+def _narrow_sums() -> str:
+    """Whether sums of float16 and bfloat16 on the host are compiled; why not is logged."""
+    if not summation_on_host.is_installed():
+        return "not compiled: Numba is not installed"
+    names = [str(dtype).removeprefix("torch.") for dtype in COMPILED if compiled_sum(dtype)]
+    return f"compiled: {', '.join(names)}" if names else "not compiled: Numba fails"
 
 
 def _devices() -> str:
