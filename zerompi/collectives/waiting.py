@@ -2,7 +2,8 @@
 
 An MPI library waits by polling, which is best where a core has nothing else to do. Where the ranks of
 a node, and their communication threads, have fewer cores than that, a rank that polls delays those that
-it waits for. There we ask now and then, and sleep between.
+it waits for. There we ask now and then, and sleep between: the longer, the longer it has taken already, so
+that long messages cost few looks, and are noticed late by a small part of their time.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 import torch
 from mpi4py import MPI
 
-_FIRST_SLEEP = 2e-5  # seconds; each sleep is twice as long as the last one
-_LONGEST_SLEEP = 2e-4
+_SHORTEST_SLEEP = 2e-5  # seconds
+_LONGEST_SLEEP = 1e-3  # sockets hold more than what comes meanwhile
+_SLEEP = 1 / 8  # of the time waited so far
 
 
 def has_spare_cores(node_comm: MPI.Intracomm) -> bool:
@@ -33,15 +35,14 @@ def wait_all(requests: Sequence[MPI.Request], *, polls: bool) -> None:
     if polls:
         MPI.Request.Waitall(requests)
         return
-    pause = _FIRST_SLEEP
+    start = time.perf_counter()
     while not MPI.Request.Testall(requests):
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_SLEEP)
+        _sleep(start)
 
 
 def wait_some(requests: Sequence[MPI.Request], *, polls: bool, at_once: bool) -> list[int]:
     """Indices of the requests that are done: at least one, waited for as in `wait_all`, unless `at_once`."""
-    pause = _FIRST_SLEEP
+    start = time.perf_counter()
     while True:
         if polls and not at_once:
             done = MPI.Request.Waitsome(list(requests))
@@ -49,5 +50,10 @@ def wait_some(requests: Sequence[MPI.Request], *, polls: bool, at_once: bool) ->
             done = MPI.Request.Testsome(list(requests))
         if done or at_once:
             return sorted(done or ())
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_SLEEP)
+        _sleep(start)
+
+
+def _sleep(start: float) -> None:
+    """Sleep between two looks at what has been waited for since `start`."""
+    waited = time.perf_counter() - start
+    time.sleep(min(max(_SLEEP * waited, _SHORTEST_SLEEP), _LONGEST_SLEEP))
