@@ -19,6 +19,7 @@ from mpi4py import MPI
 from torch import nn
 
 import zerompi
+from zerompi.collectives import Group, all_reduce
 
 WIDTH, BLOCKS = 1024, 6
 CATEGORIES = ("parameters", "gradients", "optimizer_states")
@@ -74,7 +75,10 @@ def measure(stage: int, comm: MPI.Intracomm) -> dict[str, float]:
 
 def main() -> None:
     comm = MPI.COMM_WORLD
-    # A first step outside the measurement loads the kernels that torch loads when they are needed.
+    # A first step and sum outside the measurement load what torch, and Numba, load when it is needed.
+    group = Group(comm)
+    all_reduce(torch.ones(8).bfloat16(), torch.empty(8).bfloat16(), group)
+    group.close()
     warm_up = nn.Linear(8, 8).bfloat16()
     warm_up(torch.randn(2, 8).bfloat16()).sum().backward()
     torch.optim.Adam(warm_up.parameters()).step()
