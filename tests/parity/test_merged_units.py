@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
+from mpi4py import MPI
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -177,17 +180,39 @@ def assert_alike(results):
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("way", WAYS)
+def cases(ways, stages):
+    """Each way with each stage on one node; between nodes with one of them, another one at other ranks."""
+    names = list(LAYOUTS)
+    turn = MPI.COMM_WORLD.size
+    return [
+        pytest.param(
+            layout,
+            way,
+            stage,
+            id=f"{layout}-{way if isinstance(way, str) else '-'.join(way)}-{stage}",
+        )
+        for (i, way), (j, layout) in product(enumerate(ways), enumerate(names))
+        for stage in (stages if layout == "one node" else [stages[(i + j + turn) % len(stages)]])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("topology", "way", "stage"), cases(WAYS, [0, 1, 2, 3]), indirect=["topology"]
+)
 def test_merged_units_train_like_unsharded_torch(comm, topology, way, stage):
     assert_alike(train(comm, topology, stage, way))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("kind", ["two forwards", "dropped", "penalty", "blocks alone"])
-@pytest.mark.parametrize("way", ["plain", "recomputed"])
-def test_merged_units_take_part_in_all_kinds_of_passes(comm, topology, way, kind, stage):
-    assert_alike(train(comm, topology, stage, way, kind))
+PASSES = list(
+    product(["plain", "recomputed"], ["two forwards", "dropped", "penalty", "blocks alone"])
+)
+
+
+@pytest.mark.parametrize(
+    ("topology", "passes", "stage"), cases(PASSES, [2, 3]), indirect=["topology"]
+)
+def test_merged_units_take_part_in_all_kinds_of_passes(comm, topology, passes, stage):
+    assert_alike(train(comm, topology, stage, *passes))
 
 
 @pytest.mark.parametrize("way", ["plain", "interleaved", "some reentrant"])
