@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -21,6 +22,12 @@ from typing import NamedTuple
 _MAX_FRAMES = 16  # of a stack, the innermost
 _MACHINERY = ("torch/nn/modules/module.py", "torch/nn/modules/container.py", "/threading.py")
 _WAITING = ("zerompi/collectives/fence.py", "zerompi/collectives/waiting.py")
+_PACKAGE = os.path.dirname(__file__) + os.sep
+_PROGRAMS = tuple(
+    _PACKAGE + name for name in ("train", "bench", "cli")
+)  # call the rest, as users do
+_LIBRARY = sysconfig.get_path("stdlib") + os.sep
+_MAX_OWN_FRAMES = 3  # of the program itself, the innermost
 COMM_THREAD = "zerompi-comm"  # its name
 _MAX_SHOWN = 16  # groups of ranks in a report
 
@@ -134,10 +141,34 @@ def _stack_lines(frame: FrameType) -> list[str]:
             entries.append(entry)
             if entry.filename.endswith(_WAITING):
                 break  # how we wait, or when we look up, is of no interest
-    return [
-        f"  {e.filename.rpartition('/site-packages/')[2]}:{e.lineno} in {e.name}: {e.line}"
-        for e in entries[-_MAX_FRAMES:]
-    ]
+    return [f"  {_line(entry)}" for entry in entries[-_MAX_FRAMES:]]
+
+
+def _line(entry: traceback.FrameSummary) -> str:
+    name = entry.filename.rpartition("/site-packages/")[2]
+    return f"{name}:{entry.lineno} in {entry.name}: {entry.line}"
+
+
+def own_place() -> tuple[str, ...]:
+    """Where the program is that calls zerompi: lines of its stack, outermost first; none at its end.
+
+    That of the main thread, if this one is not the program's.
+    """
+    main = sys._current_frames().get(threading.main_thread().ident or 0)
+    for frame in (sys._getframe(), main):
+        entries = [e for e in traceback.extract_stack(frame) if _is_of_program(e.filename)]
+        if entries:
+            return tuple(_line(entry) for entry in entries[-_MAX_OWN_FRAMES:])
+    return ()
+
+
+def _is_of_program(filename: str) -> bool:
+    """Whether a file is neither zerompi's, nor torch's, nor Python's own."""
+    if filename.startswith(_PACKAGE):
+        return filename.startswith(_PROGRAMS)
+    if "/site-packages/" in filename:
+        return "/site-packages/torch/" not in filename
+    return not filename.startswith((_LIBRARY, "<frozen "))
 
 
 def hang_report(

@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 from zerompi.activity import progress
 from zerompi.errors import CheckpointError, ZerompiError
-from zerompi.launch import TOLD_BY_ANOTHER
+from zerompi.launch import raised_by_all
 from zerompi.watchdog import waiting
 
 
@@ -25,14 +25,14 @@ def agree_error(comm: MPI.Intracomm, error: Exception | None) -> None:
     own = None if error is None else (_shared_class(error), _message(error))
     with waiting(f"{progress.phase}: whether a rank has met an error"):
         errors = comm.allgather(own)
+    first = next((rank for rank, found in enumerate(errors) if found is not None), 0)
     if error is not None and not isinstance(error, OSError):
-        raise error
+        raise raised_by_all(error, comm.rank, teller=first)
     for rank, found in enumerate(errors):
         if found is not None and (error is None or rank == comm.rank):
             kind, message = found
             told = kind(f"rank {rank}: {message}" if comm.size > 1 else message)
-            setattr(told, TOLD_BY_ANOTHER, rank != comm.rank)
-            raise told from error
+            raise raised_by_all(told, comm.rank, teller=first) from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from zerompi.comm_thread import CommThread
 from zerompi.context import Context
 from zerompi.device import holds, is_installed, space_of
 from zerompi.errors import MismatchError
-from zerompi.launch import check_world
+from zerompi.launch import check_world, raised_by_all
 from zerompi.memory import HOST, Space
 from zerompi.optimizer import check_optimizer
 from zerompi.place import place
@@ -175,11 +175,11 @@ def _agree(arguments: _Arguments, world: Group) -> list[UnitPlan]:
     except Exception as caught:  # also what a predicate of the user's raises
         error = caught
     refusals = world.comm.allgather(None if error is None else f"{type(error).__name__}: {error}")
+    first = next((rank for rank, refusal in enumerate(refusals) if refusal is not None), 0)
+    if error is None and refusals[first] is not None:
+        error = MismatchError(f"rank {first} refused the arguments of partition: {refusals[first]}")
     if error is not None:
-        raise error
-    for rank, refusal in enumerate(refusals):
-        if refusal is not None:
-            raise MismatchError(f"rank {rank} refused the arguments of partition: {refusal}")
+        raise raised_by_all(error, world.rank, teller=first)
     _check_equal(_description(arguments, plans), world)
     return plans
 
@@ -345,7 +345,8 @@ def _check_equal(lines: list[str], world: Group) -> None:
     differences = world.comm.allgather(difference)
     for rank, found in enumerate(differences):
         if found is not None:
-            raise MismatchError(
+            error = MismatchError(
                 f"ranks disagree on what to partition: rank 0 has {found[0]}; "
                 f"rank {rank} has {found[1]}"
             )
+            raise raised_by_all(error, world.rank)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple, NoReturn, TextIO
+from typing import NamedTuple, NoReturn, TextIO, TypeVar
 
 from zerompi.errors import ZerompiError
 
@@ -292,7 +292,27 @@ def end_job(lines: Sequence[str], status: int) -> NoReturn:
     abort("".join(f"{mark} {line}\n" for line in lines), status)
 
 
-TOLD_BY_ANOTHER = "_told_by_another_rank"  # attribute of an error that this rank has only heard of
+# Attributes of an error that all ranks raise.
+_TOLD_BY_ANOTHER = "_told_by_another_rank"
+_REPORT = "_report"  # lines
+_MAX_TURN = 6  # of the ranks that report where the one whose part it is does not
+
+_E = TypeVar("_E", bound=Exception)
+
+
+def raised_by_all(error: _E, rank: int, *, teller: int = 0, report: Sequence[str] = ()) -> _E:
+    """Mark an error that all ranks are about to raise, so that the job reports it once; return it.
+
+    Args:
+        error: of this rank.
+        rank: this one.
+        teller: the one that reports. If it has caught the error, the next one does, seconds later.
+        report: what is written in place of a traceback, which would tell of one rank only.
+    """
+    with suppress(AttributeError):  # an exception of a user's may have no room for them
+        setattr(error, _TOLD_BY_ANOTHER, rank != teller)
+        setattr(error, _REPORT, tuple(report))
+    return error
 
 
 def report_and_abort(
@@ -300,11 +320,16 @@ def report_and_abort(
 ) -> None:
     """Print the traceback with this rank's mark, then end all ranks of COMM_WORLD with status 1.
 
-    The rank that has met the error comes first, and so there is one report.
+    An error that all ranks raise is reported by one; see `raised_by_all`.
     """
-    if getattr(value, TOLD_BY_ANOTHER, False):
-        time.sleep(_EXIT_GRACE)
-    lines = "".join(traceback.format_exception(kind, value, trace)).splitlines()
+    if getattr(value, _TOLD_BY_ANOTHER, False):
+        from mpi4py import MPI
+
+        time.sleep(_EXIT_GRACE * min(1 + MPI.COMM_WORLD.rank, _MAX_TURN))
+    report: Sequence[str] = getattr(value, _REPORT, ())
+    lines = [f"{kind.__name__}: {report[0]}", *report[1:]] if report else []
+    if not report or value.__context__ is not None:  # that is the cause, and has a place of its own
+        lines = "".join(traceback.format_exception(kind, value, trace)).splitlines() + lines[1:]
     if is_out_of_memory(value):
         lines.append(
             "out of memory: a higher stage, more ranks, mixed_precision, smaller batches with "

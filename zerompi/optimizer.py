@@ -21,6 +21,7 @@ from zerompi.activity import progress
 from zerompi.context import Context
 from zerompi.errors import MismatchError, NonFiniteError, ZerompiError
 from zerompi.gradient_norms import is_finite, norm, power, squares_on_device
+from zerompi.launch import raised_by_all
 from zerompi.placement import Placement
 from zerompi.precision import LossScaler
 from zerompi.report import storage_nbytes
@@ -178,9 +179,10 @@ class PieceOptimizer:
         if is_faulty and not is_expected:
             text = self._describe(faulty)
             if policy == "raise":
-                raise NonFiniteError(
+                error = NonFiniteError(
                     f"{text}; the step was not taken: nonfinite='skip' leaves such steps out"
                 )
+                raise raised_by_all(error, self.context.world.rank)
             if self.context.world.rank == 0:
                 _log.warning("%s; the optimizer step is skipped", text)
         self.skipped_steps += is_faulty
@@ -271,19 +273,8 @@ class PieceOptimizer:
 
     def _refuse_settings(self) -> None:
         """Raise on all ranks. Collective over the world."""
-        everyone = self.context.world.comm.allgather(self._numbers())
-        for rank, numbers in enumerate(everyone):
-            for ours, theirs in zip(everyone[0], numbers, strict=False):
-                if repr(ours) != repr(theirs):
-                    group, key, value = ours
-                    raise MismatchError(
-                        f"ranks disagree on the settings of the optimizer: rank 0 has {key} {value} in "
-                        f"param group {group}, rank {rank} has {theirs[1]} {theirs[2]}; each would step "
-                        "its own pieces with these"
-                    )
-        raise MismatchError(
-            "ranks disagree on the settings of the optimizer: some have more of them"
-        )
+        world = self.context.world
+        raise raised_by_all(_difference(world.comm.allgather(self._numbers())), world.rank)
 
     def settings(self) -> list[dict[str, Any]]:
         """The settings of each parameter group: learning rate and the like."""
@@ -354,6 +345,20 @@ class PieceOptimizer:
         if any(math.isnan(part) for part in parts):
             return math.nan
         return max(parts) if largest else power(math.fsum(parts), 1.0 / norm_type)
+
+
+def _difference(everyone: Sequence[Sequence[tuple[int, str, float]]]) -> MismatchError:
+    """The error that tells in what the numbers of a rank differ from those of rank 0."""
+    for rank, numbers in enumerate(everyone):
+        for ours, theirs in zip(everyone[0], numbers, strict=False):
+            if repr(ours) != repr(theirs):
+                group, key, value = ours
+                return MismatchError(
+                    f"ranks disagree on the settings of the optimizer: rank 0 has {key} {value} in "
+                    f"param group {group}, rank {rank} has {theirs[1]} {theirs[2]}; each would step "
+                    "its own pieces with these"
+                )
+    return MismatchError("ranks disagree on the settings of the optimizer: some have more of them")
 
 
 def _refuse_state_dict(optimizer: Optimizer) -> None:
