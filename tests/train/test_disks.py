@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from mpi4py import MPI
 from harness.commands import CommandRun
 from harness.disks import Disk
 from harness.mpirun import MPIRun
+from zerompi.train.metrics import WholeRecords
 
 _WORDS = (
     "-m zerompi train --layers 1 --width 128 --heads 2 --context 8 --batch 12 --steps 12 --sample 0 "
@@ -75,6 +77,65 @@ def test_a_read_only_directory_ends_the_job(run_mpi: Callable[..., MPIRun], tmp_
     line = error_of(job)
     assert f"{mounted.path}/.step-3" in line
     assert line.endswith(": Read-only file system")
+
+
+def test_metrics_do_not_end_a_run_whose_disk_is_full_and_its_summary_does(
+    run_mpi: Callable[..., MPIRun], tmp_path: Path
+) -> None:
+    mounted = Disk.mount(tmp_path / "small", "size=40k")
+    if mounted is None:
+        pytest.skip("cannot mount a small file system")
+    words = (
+        "-m zerompi train --layers 1 --width 8 --heads 1 --context 8 --batch 12 --steps 300 "
+        "--sample 0 --save-every 0 --eval-every 0 --eval-batches 1 --progress lines"
+    )
+    try:
+        job = run_mpi(3, [*words.split(), "--out", mounted.path], timeout=60)
+        lines = (mounted.path / "metrics.jsonl").read_text().splitlines()
+        (board,) = (mounted.path / "tensorboard").iterdir()
+        records = num_records(board.read_bytes())
+        names = {path.name for path in mounted.path.iterdir()}
+    finally:
+        mounted.unmount()
+    assert error_of(job) == f"error: rank 0: {mounted.path}/summary.json: No space left on device"
+    assert "step 300/300" in job.stdout
+    without = "No space left on device; training goes on without what cannot be written there"
+    for path in (mounted.path / "metrics.jsonl", board):
+        assert job.stderr.count(f"{path}: {without}\n") == 1, job.output
+    assert 0 < len([json.loads(line) for line in lines]) < 300
+    assert records > 0
+    assert names == {"metrics.jsonl", "tensorboard"}
+
+
+def num_records(raw: bytes) -> int:
+    """How many records of TensorBoard these are: a length, data, and a checksum of each."""
+    count = 0
+    while raw:
+        end = 16 + int.from_bytes(raw[:8], "little")
+        assert end <= len(raw), "the last record is cut"
+        raw, count = raw[end:], count + 1
+    return count
+
+
+def test_what_comes_when_there_is_room_again_is_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mounted = Disk.mount(tmp_path / "small", "size=8k")
+    if mounted is None:
+        pytest.skip("cannot mount a small file system")
+    try:
+        records = WholeRecords(mounted.path / "lines", appends=True)
+        for text in ("a" * 5000, "b" * 5000, "c" * 5000, "d" * 1000):
+            records.append(text.encode())
+        mounted.remount("size=80k")
+        records.append(b"e" * 5000)
+        records.close()
+        written = (mounted.path / "lines").read_text()
+    finally:
+        mounted.unmount()
+    assert written == "a" * 5000 + "d" * 1000 + "e" * 5000
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{mounted.path}/lines: No space left on device; training goes on")
 
 
 def _flip(directory: Path) -> None:

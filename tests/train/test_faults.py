@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from harness.mpirun import MPIRun
-from zerompi.train.faults import describe_losses, start_of_backward
+from zerompi.train.faults import RandomState, describe_losses, start_of_backward
 
 # In its third step the last rank meets the fault that the first argument names.
 _FAULTY = """
@@ -95,13 +95,16 @@ def test_a_fault_ends_the_job_with_one_line_that_names_step_rank_and_parameter(
 
 
 @pytest.mark.parametrize("fault", ["nan-loss", "gradient"])
-def test_a_fault_is_skipped_with_one_line_that_names_the_step(
+def test_a_fault_is_skipped_with_one_line_that_names_step_rank_and_parameter(
     run_faulty: Callable[..., MPIRun], tmp_path: Path, fault: str
 ) -> None:
     job = run_faulty(3, fault, "--nonfinite skip")
     assert job.returncode == 0, job.output
     (line,) = [line for line in job.output.splitlines() if "finite" in line]
-    cause = _LOSS.get(fault, "the losses are finite: ").format(last=2)
+    gradient = (
+        "the losses are finite; the backward pass goes wrong on rank 2 (blocks.0.down.weight): "
+    )
+    cause = _LOSS.get(fault, gradient).format(last=2)
     assert line.startswith(f"step 3: {cause}the gradient")
     assert line.endswith("the optimizer step is skipped")
     lines = [json.loads(text) for text in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
@@ -121,6 +124,13 @@ def test_the_backward_pass_of_a_loss_that_is_infinite_starts_with_nan() -> None:
     assert logits.grad.isnan().all()
     finite = logits[0, 0] * 3
     assert start_of_backward(finite).item() == 1
+
+
+def test_what_was_random_can_be_so_again() -> None:
+    state = RandomState(torch.device("cpu"))
+    drawn = torch.rand(3)
+    state.install()
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_losses_that_are_not_finite_are_named_by_rank() -> None:

@@ -22,6 +22,21 @@ from zerompi.watchdog import waiting
 _log = logging.getLogger("zerompi")
 
 
+class RandomState:
+    """The state of torch's generators, on the host and on a device of torch.cuda."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host = torch.get_rng_state()
+        self._own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def install(self) -> None:
+        """Let the generators go on from here."""
+        torch.set_rng_state(self._host)
+        if self._own is not None:
+            torch.cuda.set_rng_state(self._own, self._device)
+
+
 def start_of_backward(loss: Tensor) -> Tensor:
     """1, or NaN if the loss is not finite: its gradient may be finite all the same."""
     return torch.where(loss.detach().isfinite(), torch.ones_like(loss), math.nan)
@@ -39,18 +54,19 @@ def describe_losses(losses: Sequence[float]) -> str | None:
 
 
 def find_cause(
-    model: nn.Module, comm: MPI.Intracomm, loss: float, repeat: Callable[[], object]
+    model: nn.Module,
+    comm: MPI.Intracomm,
+    losses: Sequence[float],
+    repeat: Callable[[], object],
 ) -> str:
     """At which rank, and where, a step went wrong whose gradients are not finite. Collective.
 
     Args:
         model: partitioned; its gradients have been zeroed.
         comm: the ranks of the partition.
-        loss: of this rank in the step.
+        losses: of all ranks in the step.
         repeat: runs the passes of the step once more, if the losses do not tell.
     """
-    with waiting("the losses of a step whose gradient is not finite"):
-        losses = comm.allgather(loss)
     text = describe_losses(losses)
     if text is not None:
         return text
@@ -79,7 +95,10 @@ def find_cause(
 
 
 class SkippedSteps(logging.Filter):
-    """Keeps what the optimizer logs of a step that it skips, until the losses of all ranks are known."""
+    """Keeps what the optimizer logs of a step that it skips, until it is known where that went wrong.
+
+    Rank 0 alone has something to keep.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,9 +120,13 @@ class SkippedSteps(logging.Filter):
         finally:
             _log.removeFilter(self)
 
-    def tell(self, step: int, losses: Sequence[float]) -> None:
-        """Log what was kept, with the step and the ranks whose losses are not finite."""
+    @property
+    def has_any(self) -> bool:
+        """Whether a step was skipped since `tell`."""
+        return bool(self._kept)
+
+    def tell(self, step: int, cause: str) -> None:
+        """Log what was kept, with the step and where it went wrong."""
         for text in self._kept:
-            cause = describe_losses(losses) or "the losses are finite"
             _log.warning("step %d: %s: %s", step, cause, text)
         self._kept.clear()

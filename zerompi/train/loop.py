@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from math import fsum
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +21,10 @@ from zerompi.train.config import TrainConfig
 from zerompi.train.data import training_windows
 from zerompi.train.display import Display, StepMetrics, make_console, make_display
 from zerompi.train.evaluate import Evaluation, evaluate
-from zerompi.train.faults import SkippedSteps, find_cause, start_of_backward
+from zerompi.train.faults import RandomState, SkippedSteps, find_cause, start_of_backward
 from zerompi.train.job import Job, prepare, restore
 from zerompi.train.memory import peak_rss
-from zerompi.train.metrics import MetricsLog
+from zerompi.train.metrics import MetricsLog, write_whole
 from zerompi.train.model import next_token_logits
 from zerompi.train.sample import sample_continuation
 from zerompi.train.summary import Meter, Summary, print_summary, summarise
@@ -128,13 +129,15 @@ class _Run:
     def _step(self, step: int, *, evaluated_before: bool) -> _Outcome:
         job, config = self.job, self.job.config
         start = time.perf_counter()
+        random = RandomState(job.device)
         loss = self._passes(step)
         norm = float(job.zero.clip_grad_norm_(config.clip or float("inf")))
         lr = job.optimizer.param_groups[0]["lr"]
-        self._update(step, loss)
+        self._update(step, loss, random)
         job.scheduler.step()
         everyone = self._exchange(loss)
-        self.skipped.tell(step, everyone[:, 0].tolist())
+        if everyone[:, 3].any():
+            self.skipped.tell(step, self._cause(step, everyone[:, 0].tolist(), random))
         seconds = time.perf_counter() - start
         self.meter.add(job.zero.report(), seconds, evaluated_before=evaluated_before)
         metrics = StepMetrics(
@@ -167,7 +170,7 @@ class _Run:
                 losses.append(float(loss.detach()))
         return fsum(losses) / len(losses)
 
-    def _update(self, step: int, loss: float) -> None:
+    def _update(self, step: int, loss: float, random: RandomState) -> None:
         """Step the optimizer. Collective.
 
         Raises:
@@ -179,14 +182,34 @@ class _Run:
                 job.optimizer.step()
         except NonFiniteError as error:
             job.optimizer.zero_grad()
-            cause = find_cause(job.model, job.comm, loss, lambda: self._passes(step))
+            with waiting("the losses of a step whose gradient is not finite"):
+                losses = job.comm.allgather(loss)
+            cause = self._cause(step, losses, random)
             raise NonFiniteError(f"step {step}: {cause}: {error}") from None
         job.optimizer.zero_grad()
 
+    def _cause(self, step: int, losses: Sequence[float], random: RandomState) -> str:
+        """Where a step went wrong, by its passes once more if need be. Collective.
+
+        What was random in them is the same again, and what follows as if they had not been repeated.
+        """
+        job = self.job
+        after = RandomState(job.device)
+
+        def repeat() -> None:
+            random.install()
+            self._passes(step)
+
+        try:
+            return find_cause(job.model, job.comm, losses, repeat)
+        finally:
+            after.install()
+            job.optimizer.zero_grad()
+
     def _exchange(self, loss: float) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-        """Loss, request to stop and memory of every rank; (ranks, 3)."""
-        own = np.array([loss, self.stop.look(), peak_rss()], dtype=np.float64)
-        everyone = np.empty((self.job.comm.size, 3), dtype=np.float64)
+        """Loss, request to stop, memory, and whether a step was skipped, of every rank; (ranks, 4)."""
+        own = np.array([loss, self.stop.look(), peak_rss(), self.skipped.has_any], dtype=np.float64)
+        everyone = np.empty((self.job.comm.size, 4), dtype=np.float64)
         with waiting("losses of all ranks"):
             self.job.comm.Allgather(own, everyone)
         return everyone
@@ -248,8 +271,10 @@ class _Run:
                 self.log.text("sample", text, job.num_steps)
                 start = job.corpus.codec.decode(prompt)
                 print(f"\nThe held-out text begins\n{start}\nand the model continues\n{text}\n")
-            path = Path(config.out) / "summary.json"
-            path.write_text(json.dumps(summary.as_dict(), indent=2) + "\n", encoding="utf-8")
             print_summary(summary, make_console())
+        content = json.dumps(summary.as_dict(), indent=2) + "\n"
+        path = Path(config.out) / "summary.json"
+        agree(job.comm, lambda: write_whole(path, content) if job.comm.rank == 0 else None)
+        if self.log is not None:
             print(f"metrics, TensorBoard and summary: {config.out}", flush=True)
         return summary
