@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from harness.mpirun import MPIRun
 from zerompi.bench import checkpoints
 from zerompi.bench.collectives import COLLECTIVES, measure
+from zerompi.bench.tables import table_of_checkpoints
 from zerompi.bench.training import SYSTEMS, Workload, available
 from zerompi.bench.training import measure as measure_training
 
@@ -111,3 +115,32 @@ def test_every_system_saves_and_loads(comm, tmp_path):
         assert (result.load is None) == (result.system == checkpoints.DISK)
         assert result.nbytes >= results[0].nbytes
     assert list(tmp_path.iterdir()) == []
+
+
+LARGE = 123_456_789_012, 123.456, 103.447, 123.447, 117.746, 12_344_000_000, 12_345_000_000
+USUAL = 1_234_567_890, 12.345, 10.344, 12.344, 1.774, 123_400_000, 123_500_000
+
+
+@pytest.mark.parametrize("before", [{}, {"checkpoint torch.save": 20.0}])
+@pytest.mark.parametrize(
+    ("numbers", "shown"),
+    [
+        (LARGE, "123.46 123.46 1.00 103.45 123.45 117.75 1.05 12344 12345"),
+        (USUAL, "1.23 12.35 0.10 10.34 12.34 1.77 0.70 123 124"),
+    ],
+)
+def test_no_number_of_the_table_of_checkpoints_is_cut_at_80_columns(numbers, shown, before):
+    names = list(checkpoints.SYSTEMS)
+    table = table_of_checkpoints([checkpoints.Stored(n, *numbers) for n in names], before, "")
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(table)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    header = re.findall(r"[^┃\s]+", lines[1])
+    assert header == [
+        "system", "GB", "save", "GB/s", "pause", "first", "load", "GB/s", "save+", "load+"
+    ] + ["before"] * bool(before)  # fmt: skip
+    rows = [line for line in lines if " ".join(re.findall(r"[^│\s]+", line)[1:10]) == shown]
+    assert len(rows) == len(names)
+    if not before and numbers == USUAL:
+        assert [re.findall(r"[^│\s]+", row)[0] for row in rows] == names

@@ -67,22 +67,29 @@ def table_of_training(results: Sequence[Trained], before: Mapping[str, float], t
 def table_of_checkpoints(
     results: Sequence[Stored], before: Mapping[str, float], title: str
 ) -> Table:
-    """One row for each system; see `table_of_collectives`."""
-    columns = ["system", "files", "save", "GB/s", "pause", "first", "load", "GB/s", "save +"]
-    table = Table(*columns, "load +", *(["before"] if before else []), title=title)
+    """One row for each system; see `table_of_collectives`.
+
+    GB of the files, seconds, and MB by rank (`save+`, `load+`). No number is cut at 80 columns.
+    """
+    table = Table(title=title, collapse_padding=True, pad_edge=False)
+    table.add_column("system", overflow="fold")
+    for column in ("GB", "save", "GB/s", "pause", "first", "load", "GB/s", "save+", "load+"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if before:
+        table.add_column("before", justify="right", no_wrap=True)
     for result in results:
         loads = result.load is not None and result.load_memory is not None
         row = [
             result.system,
-            f"{result.nbytes / 1e6:,.0f} MB",
-            _time(result.seconds),
+            f"{result.nbytes / 1e9:.2f}",
+            f"{result.seconds:.2f}",
             f"{result.nbytes / result.seconds / 1e9:.2f}",
-            _time(result.pause),
-            _time(result.first_pause),
-            _time(result.load or 0) if loads else "",
+            f"{result.pause:.2f}",
+            f"{result.first_pause:.2f}",
+            f"{result.load or 0:.2f}" if loads else "",
             f"{result.nbytes / (result.load or 1) / 1e9:.2f}" if loads else "",
-            f"{result.save_memory / 1e6:,.0f} MB",
-            f"{(result.load_memory or 0) / 1e6:,.0f} MB" if loads else "",
+            f"{result.save_memory / 1e6:.0f}",
+            f"{(result.load_memory or 0) / 1e6:.0f}" if loads else "",
         ]
         table.add_row(*row, *_before(result, before))
     return table
