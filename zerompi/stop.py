@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from types import FrameType, TracebackType
@@ -12,11 +11,9 @@ from typing import ClassVar
 import numpy as np
 from mpi4py import MPI
 
+from zerompi.job_time import seconds_to_end
 from zerompi.launch import STOPPED_STATUS
 from zerompi.watchdog import waiting
-
-# When the job's time is over, in seconds since 1970. The first is for users and batch scripts.
-_END_VARIABLES = ("ZEROMPI_END_TIME", "SLURM_JOB_END_TIME")
 
 _TIME_IS_OVER = 1 << 10  # among the reasons, beside numbers of signals
 _MARGIN = 120.0  # seconds kept for a checkpoint ...
@@ -27,8 +24,9 @@ class StopRequest:
     """While the context lasts, what asks for a stop is remembered, and all ranks learn of it together.
 
     That is SIGTERM, SIGUSR1 or SIGUSR2, which do not end the process then, and the approaching end of
-    the time: of `max_time`, or of the job where the batch system tells (Slurm does; elsewhere a
-    script can set ZEROMPI_END_TIME, in seconds since 1970). The end approaches when what is left may
+    the time: of `max_time`, or of the job where the batch system tells: Slurm does, and PBS, LSF and
+    Flux are asked by the first rank of COMM_WORLD (elsewhere a script can set ZEROMPI_END_TIME, in
+    seconds since 1970). The end approaches when what is left may
     not suffice for another step like the longest one so far, and the checkpoint::
 
         with zerompi.StopRequest() as stop:
@@ -61,7 +59,10 @@ class StopRequest:
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected seconds, 0 or more, got {value!r}")
         now = time.monotonic()
-        left = seconds_to_end() if max_time is None else (max_time or math.inf)
+        if max_time is None:
+            left = seconds_to_end(asks=MPI.COMM_WORLD.rank == 0)
+        else:
+            left = max_time or math.inf
         if margin is None:
             margin = min(_MARGIN, _MARGIN_SHARE * left)
         self.reason = ""
@@ -113,18 +114,3 @@ class StopRequest:
             is_signal = largest != _TIME_IS_OVER
             self.reason = signal.Signals(largest).name if is_signal else "the end of its time"
         return bool(largest)
-
-
-def seconds_to_end() -> float:
-    """How long this job may still run, as far as its environment tells; else infinite.
-
-    A time that has passed already is none: the process would not be there.
-    """
-    for name in _END_VARIABLES:
-        try:
-            left = float(os.environ.get(name, "")) - time.time()
-        except ValueError:
-            continue
-        if 0 < left < math.inf:
-            return left
-    return math.inf

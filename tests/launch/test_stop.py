@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import signal
 import time
 
@@ -10,12 +12,14 @@ import pytest
 from mpi4py import MPI
 
 import zerompi
-from zerompi import stop
+from zerompi.job_time import seconds_to_end
+
+VARIABLES = ("ZEROMPI_END_TIME", "SLURM_JOB_END_TIME")
 
 
 @pytest.fixture(autouse=True)
 def no_batch_system(monkeypatch):
-    for name in ("ZEROMPI_END_TIME", "SLURM_JOB_END_TIME"):
+    for name in (*VARIABLES, "PBS_JOBID", "LSB_JOBID", "LSB_JOBINDEX", "FLUX_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -61,16 +65,87 @@ def test_the_margin_is_two_minutes_or_a_part_of_a_short_time(monkeypatch, left, 
     assert request.look()
 
 
-@pytest.mark.parametrize("name", ["ZEROMPI_END_TIME", "SLURM_JOB_END_TIME"])
+@pytest.mark.parametrize("name", VARIABLES)
 def test_the_end_is_read_from_the_batch_system(monkeypatch, name):
     monkeypatch.setenv(name, str(int(time.time()) + 100))
-    assert 90 < stop.seconds_to_end() <= 100
+    assert 90 < seconds_to_end(asks=False) <= 100
 
 
 @pytest.mark.parametrize("value", ["", "NONE", "1000", "inf"])
 def test_an_end_that_has_passed_or_is_none_is_no_limit(monkeypatch, value):
     monkeypatch.setenv("SLURM_JOB_END_TIME", value)
-    assert stop.seconds_to_end() == float("inf")
+    assert seconds_to_end(asks=False) == float("inf")
+
+
+def at(match):
+    """A time some seconds from now, as PBS prints it."""
+    return time.strftime("%a %b %d %H:%M:%S %Y", time.localtime(time.time() + int(match[1])))
+
+
+PBS = "Job Id: 7.server\n    job_state = R\n    Resource_List.walltime = 02:00:00\n"
+
+
+@pytest.fixture
+def batch_system(monkeypatch, tmp_path):
+    """`batch_system(variable, command, output)`: this is a job of a system that answers so."""
+
+    def play(variable, command, output, status=0):
+        script = tmp_path / command
+        script.write_text(
+            f"#!/bin/sh\necho $0 $* >> {tmp_path}/asked\ncat << 'END'\n{output}\nEND\nexit {status}\n"
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setenv(variable, "7")
+
+    return play
+
+
+@pytest.mark.parametrize(
+    ("variable", "command", "output", "left", "words"),
+    [
+        ("PBS_JOBID", "qstat", f"{PBS}    stime = @-3600", 3600, "-f 7"),
+        ("PBS_JOBID", "qstat", f"{PBS}    start_time = @-60", 7140, "-f 7"),
+        ("PBS_JOBID", "qstat", f"{PBS}    Walltime.Remaining = 3593", 3593, "-f 7"),
+        ("PBS_JOBID", "qstat", f"{PBS}    resources_used.walltime = 00:30:05", 5395, "-f 7"),
+        ("PBS_JOBID", "qstat", "Job Id: 7.server\n    job_state = R", math.inf, "-f 7"),
+        ("LSB_JOBID", "bjobs", "JOBID USER TIME_LEFT\n7 me RUN q a b c Nov 1 10:00 1:29 L", 5340, "-WL 7"),
+        ("LSB_JOBID", "bjobs", "JOBID USER TIME_LEFT\n7 me RUN q a b c Nov 1 10:00 1:29 E", math.inf, "-WL 7"),
+        ("FLUX_JOB_ID", "flux", "1234", 1234, "job timeleft"),
+        ("FLUX_JOB_ID", "flux", "infinity", math.inf, "job timeleft"),
+    ],
+)  # fmt: skip
+def test_the_end_is_asked_for_by_one_rank(
+    batch_system, tmp_path, variable, command, output, left, words
+):
+    batch_system(variable, command, re.sub(r"@(-\d+)", at, output))
+    assert seconds_to_end(asks=False) == math.inf
+    assert not (tmp_path / "asked").exists()
+    assert seconds_to_end(asks=True) == pytest.approx(left, abs=5)
+    assert (tmp_path / "asked").read_text() == f"{tmp_path / command} {words}\n"
+
+
+def test_a_job_of_an_array_of_lsf_asks_for_itself(batch_system, monkeypatch, tmp_path):
+    batch_system("LSB_JOBID", "bjobs", "-")
+    monkeypatch.setenv("LSB_JOBINDEX", "4")
+    assert seconds_to_end(asks=True) == math.inf
+    assert (tmp_path / "asked").read_text().endswith("-WL 7[4]\n")
+
+
+@pytest.mark.parametrize(("output", "status"), [("", 1), ("soon", 0)])
+def test_a_batch_system_that_does_not_tell_is_no_limit_and_said_once(
+    batch_system, caplog, output, status
+):
+    batch_system("FLUX_JOB_ID", "flux", output, status)
+    assert seconds_to_end(asks=True) == math.inf
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the end of this job's time is not known, Flux does not")
+
+
+def test_the_environment_is_taken_before_the_batch_system_is_asked(batch_system, monkeypatch):
+    batch_system("FLUX_JOB_ID", "flux", "1234")
+    monkeypatch.setenv("ZEROMPI_END_TIME", str(time.time() + 100))
+    assert 90 < seconds_to_end(asks=True) <= 100
 
 
 def test_a_limit_of_zero_overrides_the_batch_system(monkeypatch):

@@ -32,6 +32,7 @@ LAYERS = [
         "activity",
         "watchdog",
         "stop",
+        "job_time",
         "agreement",
         "arrays",
         "topology",
