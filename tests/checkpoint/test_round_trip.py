@@ -243,6 +243,8 @@ def test_transformers_and_we_read_each_other(
     comm.Barrier()
     again = transformers.GPT2LMHeadModel.from_pretrained(shared_path / "c")
     assert_same(dict(again.state_dict()), dict(model.state_dict()))
+    base = transformers.AutoModel.from_pretrained(shared_path / "c")
+    assert_same(dict(base.state_dict()), dict(model.transformer.state_dict()))
     model.save_pretrained(tmp_path / "hf", max_shard_size=max_shard_nbytes)
     with CheckpointReader(tmp_path / "hf") as reader:
         assert_same(read_all(reader), tensors)

@@ -1,4 +1,4 @@
-"""The batch scripts are clean, and the main job runs through them on several nodes."""
+"""The batch scripts are clean, and the main job runs, stops, dies and goes on through them on several nodes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from mpi4py import MPI
 
 from harness.mpirun import ROOT, MPIRun, clean_environment
+from zerompi.checkpoint import CheckpointReader, find_latest
 
 SCRIPTS = ROOT / "jobscripts"
 SLURM = ROOT.parent / "shared" / "slurm"
@@ -23,6 +27,7 @@ SLURM_SCRIPTS = [name for name in ALL_SCRIPTS if name.startswith("slurm-")]
 IS_OPEN_MPI = MPI.get_vendor()[0] == "Open MPI"
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "32", "--batch", "4"]
 TINY += ["--eval-batches", "1", "--sample", "0", "--progress", "lines"]
+STEPS = 400  # of runs that are interrupted: seconds
 
 pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="starts jobs of its own")
 
@@ -60,7 +65,7 @@ def slurm(tmp_path_factory):
     subprocess.run([SLURM / "slurm_down.sh"], env=environment, capture_output=True, timeout=60)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mpi_plugin(slurm):
     """The plugin of srun that fits the MPI library."""
     name = "pmix" if IS_OPEN_MPI else "pmi2"
@@ -190,22 +195,135 @@ def test_srun_with_a_plugin_that_does_not_fit_is_refused(slurm, tmp_path):
     assert "srun started 4 processes" in log.read_text(errors="replace")
 
 
-def test_job_that_is_stopped_saves_and_is_queued_again(slurm, mpi_plugin, tmp_path):
-    log, out = tmp_path / "job.log", tmp_path / "out"
-    environment = {
-        **settings(out, 2000),
-        "MPI_PLUGIN": mpi_plugin,
-        "SAVE_EVERY": "100000",
-    }
-    job = submit(slurm, "slurm-srun.sh", log, environment, *TINY, "--eval-every", "0")
-    metrics = out / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.stat().st_size, "first step", log)
-    command = ["scancel", "--batch", "--signal=USR1", job]
-    subprocess.run(command, env={**os.environ, **slurm}, check=True, timeout=60)
-    wait_for(lambda: job_field(slurm, job, "Restarts") == "1", "requeue", log)
-    subprocess.run(["scancel", job], env={**os.environ, **slurm}, check=True, timeout=60)
-    saved = list(out.glob("**/state.json"))
-    assert saved, log.read_text(errors="replace")
+class Course:
+    """A run of STEPS steps in a batch job that something befalls."""
+
+    def __init__(self, slurm, mpi_plugin, directory):
+        self.slurm, self.mpi_plugin = slurm, mpi_plugin
+        self.log, self.out = directory / "job.log", directory / "out"
+
+    def submit(self):
+        extra = {"MPI_PLUGIN": self.mpi_plugin, "SAVE_EVERY": "50"}
+        environment = {**settings(self.out, STEPS), **extra}
+        options = [*TINY, "--eval-every", "0"]
+        self.job = submit(self.slurm, "slurm-srun.sh", self.log, environment, *options)
+
+    def run(self, program, *arguments):
+        command = [program, *arguments, self.job]
+        subprocess.run(command, env={**os.environ, **self.slurm}, check=True, timeout=60)
+
+    def field(self, name):
+        return job_field(self.slurm, self.job, name)
+
+    @property
+    def text(self):
+        return self.log.read_text(errors="replace")
+
+    @property
+    def losses(self):
+        """By step; each step once."""
+        lines = (self.out / "metrics.jsonl").read_text().splitlines()
+        entries = [entry for entry in map(json.loads, lines) if entry["kind"] == "train"]
+        losses = {entry["step"]: entry["loss"] for entry in entries}
+        assert len(losses) == len(entries)
+        return losses
+
+    @property
+    def saved(self):
+        """The step of the latest checkpoint, all of which is read."""
+        with CheckpointReader(find_latest(self.out / "checkpoints")) as reader:
+            for specs, read in (
+                (reader.model_specs, reader.read_model),
+                (reader.optimizer_specs, reader.read_optimizer),
+            ):
+                for name, spec in specs.items():
+                    read(name, 0, spec.numel, torch.empty(spec.numel, dtype=spec.dtype))
+            return reader.state["extra"]["step"]
+
+    def wait_for_step(self, step):
+        metrics = self.out / "metrics.jsonl"
+        wait_for(
+            lambda: metrics.exists() and f'"step": {step},' in metrics.read_text(), step, self.log
+        )
+
+    def wait_for_state(self, *states, seconds=150):
+        wait_for(lambda: self.field("JobState") in states, states, self.log, seconds)
+        return self.field("JobState")
+
+
+@pytest.fixture
+def course(slurm, mpi_plugin, tmp_path):
+    return Course(slurm, mpi_plugin, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(slurm, mpi_plugin, tmp_path_factory):
+    """The losses of the same run that nothing befalls."""
+    whole = Course(slurm, mpi_plugin, tmp_path_factory.mktemp("whole"))
+    whole.submit()
+    assert whole.wait_for_state("COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", whole.text
+    assert sorted(whole.losses) == list(range(1, STEPS + 1))
+    return whole.losses
+
+
+def test_job_that_gets_usr1_saves_is_queued_again_and_goes_on_as_if_uninterrupted(
+    course, uninterrupted
+):
+    """What --signal=B:USR1@120 sends two minutes before the end, at a time of the test's own."""
+    course.submit()
+    course.wait_for_step(70)
+    course.run("scancel", "--batch", "--signal=USR1")
+    wait_for(lambda: course.field("Restarts") == "1", "requeue", course.log)
+    stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+); saved", course.text)[1])
+    assert 70 <= stopped == course.saved < STEPS
+    # Slurm lets a job that is queued again wait for two minutes.
+    command = ["scontrol", "update", f"JobId={course.job}", "StartTime=now"]
+    subprocess.run(command, env={**os.environ, **course.slurm}, check=True, timeout=60)
+    assert course.wait_for_state("COMPLETED", "FAILED") == "COMPLETED", course.text
+    assert f"continuing from {course.out}/checkpoints/step-{stopped} after" in course.text
+    assert course.losses == uninterrupted
+
+
+def test_job_that_is_cancelled_saves_and_is_not_queued_again(course):
+    course.submit()
+    course.wait_for_step(10)
+    course.run("scancel")
+    assert course.wait_for_state("CANCELLED", "COMPLETED", "FAILED") == "CANCELLED"
+    wait_for(lambda: "stopped by SIGTERM after step" in course.text, "stop", course.log, 10)
+    stopped = int(re.search(r"stopped by SIGTERM after step (\d+); saved", course.text)[1])
+    assert 10 <= stopped == course.saved < STEPS
+    assert course.field("Restarts") == "0"
+
+
+def ranks_on(node):
+    """Processes of `zerompi train` under the slurmd of a node."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+            is_rank = words[1:4] == [b"-m", b"zerompi", b"train"]
+            if is_rank and f"SLURMD_NODENAME={node}".encode() in variables:
+                yield int(process.name)
+
+
+def test_job_whose_ranks_of_a_node_are_killed_ends_and_goes_on_when_submitted_again(
+    course, uninterrupted
+):
+    course.submit()
+    course.wait_for_step(70)
+    victims = list(ranks_on("n2"))
+    assert len(victims) == 2
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    state = course.wait_for_state("FAILED", "COMPLETED", "CANCELLED", "NODE_FAIL", seconds=10)
+    assert state == "FAILED", course.text
+    assert not list(ranks_on("n1"))
+    saved = course.saved
+    assert saved >= 50
+    course.submit()
+    assert course.wait_for_state("COMPLETED", "FAILED") == "COMPLETED", course.text
+    assert f"after step {saved}\n" in course.text
+    assert course.losses == uninterrupted
 
 
 def pbs_environment(tmp_path, steps, options=()):
