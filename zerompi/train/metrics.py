@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("zerompi")
 
+_ENOUGH = 8192  # bytes that wait to be written
 _SCHEME = "zerompi-records"  # before paths that tensorboardX is to write through `_Board`
 
 
@@ -66,7 +67,7 @@ class WholeRecords:
 
 
 class _Board:
-    """What tensorboardX writes into: it collects until it is flushed, when records are complete.
+    """What tensorboardX writes into, a record in several calls: collects them, and writes whole ones.
 
     A thread of tensorboardX would end at an exception, and the run wait for it for ever.
     """
@@ -85,15 +86,20 @@ class _Board:
 
     def write(self, data: bytes) -> None:
         self._collected += data
+        if len(self._collected) > _ENOUGH:
+            self.flush()
 
     def flush(self) -> None:
-        """Write the records: each has its length before it, and 16 bytes in all beside its data."""
-        collected, self._collected = bytes(self._collected), bytearray()
+        """Write the whole records: each has its length before it, and 16 bytes beside its data."""
+        collected = bytes(self._collected)
         start = 0
         while start < len(collected):
             end = start + 16 + int.from_bytes(collected[start : start + 8], "little")
+            if end > len(collected):
+                break
             self._records.append(collected[start:end])
             start = end
+        self._collected = self._collected[start:]
 
     def close(self) -> None:
         self.flush()
