@@ -117,7 +117,7 @@ def test_every_system_saves_and_loads(comm, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-LARGE = 123_456_789_012, 123.456, 103.447, 123.447, 117.746, 12_344_000_000, 12_345_000_000
+LARGE = 12_345_678_901, 123.456, 103.447, 123.447, 117.746, 1_234_400_000, 1_234_500_000
 USUAL = 1_234_567_890, 12.345, 10.344, 12.344, 1.774, 123_400_000, 123_500_000
 
 
@@ -125,7 +125,7 @@ USUAL = 1_234_567_890, 12.345, 10.344, 12.344, 1.774, 123_400_000, 123_500_000
 @pytest.mark.parametrize(
     ("numbers", "shown"),
     [
-        (LARGE, "123.46 123.46 1.00 103.45 123.45 117.75 1.05 12344 12345"),
+        (LARGE, "12.35 123.46 0.10 103.45 123.45 117.75 0.10 1234 1234"),
         (USUAL, "1.23 12.35 0.10 10.34 12.34 1.77 0.70 123 124"),
     ],
 )
@@ -136,11 +136,11 @@ def test_no_number_of_the_table_of_checkpoints_is_cut_at_80_columns(numbers, sho
     console.print(table)
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
-    header = re.findall(r"[^┃\s]+", lines[1])
-    assert header == [
-        "system", "GB", "save", "GB/s", "pause", "first", "load", "GB/s", "save+", "load+"
-    ] + ["before"] * bool(before)  # fmt: skip
     rows = [line for line in lines if " ".join(re.findall(r"[^│\s]+", line)[1:10]) == shown]
     assert len(rows) == len(names)
-    if not before and numbers == USUAL:
+    if numbers == USUAL:
+        assert re.findall(r"[^┃\s]+", lines[1]) == [
+            "system", "GB", "save", "GB/s", "pause", "first", "load", "GB/s", "save+", "load+"
+        ] + ["before"] * bool(before)  # fmt: skip
+    if numbers == USUAL and not before:
         assert [re.findall(r"[^│\s]+", row)[0] for row in rows] == names
