@@ -166,8 +166,9 @@ def _is_of_program(filename: str) -> bool:
     """Whether a file is neither zerompi's, nor torch's, nor Python's own."""
     if filename.startswith(_PACKAGE):
         return filename.startswith(_PROGRAMS)
-    if "/site-packages/" in filename:
-        return "/site-packages/torch/" not in filename
+    for installed in ("/site-packages/", "/dist-packages/"):
+        if installed in filename:
+            return f"{installed}torch/" not in filename
     return not filename.startswith((_LIBRARY, "<frozen "))
 
 
