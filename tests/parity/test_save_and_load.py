@@ -79,6 +79,50 @@ def test_any_stage_loads_what_any_stage_wrote(comm, shared, written_at, stage):
             assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def layouts(comm):
+    """Arguments of partition under which the same weights and states lie differently, by name."""
+    nodes = zerompi.Topology(comm, ranks_per_node=2)
+    found = {
+        "replicas": {"stage": 0},
+        "bfloat16": {"stage": 2, "mixed_precision": BFLOAT16},
+        "float16": {"stage": 3, "mixed_precision": FLOAT16},
+        "nodes": {"stage": 3, "topology": nodes, "node_cache": True},
+        "copies": {"stage": 3, "shard_ranks": 1},
+        "quantized": {"stage": 3, "topology": nodes, "quantize": zerompi.Quantize(block=32)},
+    }
+    if comm.size % 2 == 0:
+        found["copies of two"] = {"stage": 2, "shard_ranks": 2, "mixed_precision": BFLOAT16}
+    return found
+
+
+@pytest.mark.parametrize("name", ["lora", "tied", "cnn"])
+@pytest.mark.parametrize(
+    "written_as",
+    ["replicas", "bfloat16", "float16", "nodes", "copies", "quantized", "copies of two"],
+)
+def test_any_layout_loads_what_any_layout_wrote(comm, shared, written_as, name):
+    """Frozen and tied parameters and buffers among them; saved again, the same bytes."""
+    if written_as not in layouts(comm):
+        pytest.skip("needs an even number of ranks")
+    case = CASES[name]
+    model, optimizer = build(case)
+    with zerompi.partition(model, optimizer, comm=comm, **layouts(comm)[written_as]) as zero:
+        steps(comm, case, model, optimizer, range(2))
+        zero.save(shared / "a")
+    for number, (read_as, options) in enumerate(layouts(comm).items()):
+        model, optimizer = build(case, seed=99)
+        with zerompi.partition(model, optimizer, comm=comm, **options) as zero:
+            zero.load(shared / "a")
+            zero.save(shared / f"b-{number}")
+        for stem in ("model", "optimizer"):
+            first, second = (
+                load_file(shared / d / f"{stem}.safetensors") for d in ("a", f"b-{number}")
+            )
+            assert first.keys() == second.keys()
+            for key in first:
+                assert torch.equal(first[key], second[key]), (read_as, stem, key)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_another_number_of_ranks_loads_it(comm, shared, stage):
     """Written by all ranks, read by one, written again: the same bytes."""
