@@ -95,17 +95,22 @@ def layouts(comm):
     return found
 
 
-@pytest.mark.parametrize("name", ["lora", "tied", "cnn"])
+@pytest.mark.parametrize("name", ["lora", "tied"])
 @pytest.mark.parametrize(
     "written_as",
     ["replicas", "bfloat16", "float16", "nodes", "copies", "quantized", "copies of two"],
 )
 def test_any_layout_loads_what_any_layout_wrote(comm, shared, written_as, name):
-    """Frozen and tied parameters and buffers among them; saved again, the same bytes."""
+    """Frozen and tied parameters among them; saved again, the same bytes.
+
+    What is frozen has no main weights: it is rounded to the dtype of the parameters of each layout.
+    """
     if written_as not in layouts(comm):
         pytest.skip("needs an even number of ranks")
     case = CASES[name]
     model, optimizer = build(case)
+    frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert bool(frozen) == (name == "lora")
     with zerompi.partition(model, optimizer, comm=comm, **layouts(comm)[written_as]) as zero:
         steps(comm, case, model, optimizer, range(2))
         zero.save(shared / "a")
@@ -119,8 +124,12 @@ def test_any_layout_loads_what_any_layout_wrote(comm, shared, written_as, name):
                 load_file(shared / d / f"{stem}.safetensors") for d in ("a", f"b-{number}")
             )
             assert first.keys() == second.keys()
-            for key in first:
-                assert torch.equal(first[key], second[key]), (read_as, stem, key)
+            for key, value in first.items():
+                if key in frozen:
+                    precision = options.get("mixed_precision")
+                    value = value.to(torch.float32 if precision is None else precision.param_dtype)
+                assert second[key].dtype is value.dtype, (read_as, stem, key)
+                assert torch.equal(second[key], value), (read_as, stem, key)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
