@@ -23,9 +23,8 @@ _MAX_FRAMES = 16  # of a stack, the innermost
 _MACHINERY = ("torch/nn/modules/module.py", "torch/nn/modules/container.py", "/threading.py")
 _WAITING = ("zerompi/collectives/fence.py", "zerompi/collectives/waiting.py")
 _PACKAGE = os.path.dirname(__file__) + os.sep
-_PROGRAMS = tuple(
-    _PACKAGE + name for name in ("train", "bench", "cli")
-)  # call the rest, as users do
+# What calls the rest as users' programs do.
+_PROGRAMS = tuple(_PACKAGE + name for name in ("train", "bench", "cli"))
 _LIBRARY = sysconfig.get_path("stdlib") + os.sep
 _MAX_OWN_FRAMES = 3  # of the program itself, the innermost
 COMM_THREAD = "zerompi-comm"  # its name
