@@ -47,9 +47,10 @@ elif WAY == "cause":
     try:
         if IS_LAST:
             raise OSError("no such batch")
-        step()
     finally:
-        zero.close()
+        if IS_LAST:
+            zero.close()
+    step()
 elif WAY == "settings":
     optimizer.param_groups[0]["lr"] += IS_LAST
     step()
