@@ -27,6 +27,7 @@ SLURM_SCRIPTS = [name for name in ALL_SCRIPTS if name.startswith("slurm-")]
 IS_OPEN_MPI = MPI.get_vendor()[0] == "Open MPI"
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "32", "--batch", "4"]
 TINY += ["--eval-batches", "1", "--sample", "0", "--progress", "lines"]
+KILL_WAIT = 8  # seconds between SIGTERM and SIGKILL; 30 where Slurm is left as it comes
 STEPS = 300  # of runs that are interrupted: seconds
 
 pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="starts jobs of its own")
@@ -45,6 +46,22 @@ def settings(out, steps):
     }
 
 
+def remove_shared_memory():
+    """Remove what killed ranks of MPICH have left, which is named by the job's number.
+
+    The numbers of each Slurm of a test's own begin with 1, and MPI_Init fails where there is a file already.
+    """
+    maps = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            maps.append((process / "maps").read_text())
+    for path in Path("/dev/shm").glob("mpich_shm_*"):
+        with suppress(OSError):
+            is_old = time.time() - path.stat().st_mtime > 60
+            if is_old and not any(path.name in text for text in maps):
+                path.unlink()
+
+
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     """A real Slurm of two nodes on this machine; the environment in which its commands find it."""
@@ -53,9 +70,10 @@ def slurm(tmp_path_factory):
         pytest.skip(f"Slurm is not installed: no {', '.join(missing)}")
     if not SLURM.is_dir():
         pytest.skip(f"no {SLURM}: nothing there to start Slurm on one machine")
+    remove_shared_memory()
     directory = tmp_path_factory.mktemp("slurm")
     place = {"SLURM_DIR": str(directory / "s"), "PORT0": str(17600 + os.getpid() % 1000 * 3)}
-    environment = {**os.environ, **place, "NODES": "2", "CPUS": "4", "KILLWAIT": "30"}
+    environment = {**os.environ, **place, "NODES": "2", "CPUS": "4", "KILLWAIT": str(KILL_WAIT)}
     up = subprocess.run(
         [SLURM / "slurm_up.sh"], env=environment, capture_output=True, text=True, timeout=60
     )
@@ -241,6 +259,7 @@ class Course:
             return reader.state["extra"]["step"]
 
     def wait_for_step(self, step):
+        self.wait_for_state("RUNNING", "FAILED")
         metrics = self.out / "metrics.jsonl"
         wait_for(
             lambda: metrics.exists() and f'"step": {step},' in metrics.read_text(), step, self.log
@@ -318,7 +337,9 @@ def test_job_whose_ranks_of_a_node_are_killed_ends_and_goes_on_when_submitted_ag
     assert len(victims) == 2
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
-    state = course.wait_for_state("FAILED", "COMPLETED", "CANCELLED", "NODE_FAIL", seconds=10)
+    # The other ranks take srun's SIGTERM for a request to stop, which they cannot agree on any more.
+    ends = ("FAILED", "COMPLETED", "CANCELLED", "NODE_FAIL")
+    state = course.wait_for_state(*ends, seconds=KILL_WAIT + 7)
     assert state == "FAILED", course.text
     assert not list(ranks_on("n1"))
     saved = course.saved
