@@ -11,7 +11,7 @@ import torch
 import zerompi
 from models import CASES, build, own_slice
 
-STEPS = 40
+STEPS = 12
 
 
 def weights_after(comm, stage, topology, longest, refresh="eager"):
