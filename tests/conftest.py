@@ -16,6 +16,8 @@ from mpi4py import MPI  # isort: skip
 
 from harness import ranks
 from harness.commands import CommandRun
+from harness.cover import cases_left_out
+from harness.memory import ON_DEVICE
 from harness.mpirun import MPIRun
 
 # Ranks must draw the same examples: they meet in collectives. No deadline: ranks share cores.
@@ -42,13 +44,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of other parts; all ranks alike."""
+    """Leave out cases (harness/cover.py) and the tests of other parts; all ranks alike."""
+    library, size = MPI.get_vendor()[0], MPI.COMM_WORLD.size
+    way = os.environ.get("ZEROMPI_DEVICE_TRANSPORT") if ON_DEVICE else "host"
+    left_out = cases_left_out(items, f"{library}, {size} ranks, {way}")  # other ones elsewhere
     number, count = map(int, config.getoption("--part").split("/"))
     parts: list[list[pytest.Item]] = [[] for _ in range(count)]
     for item in items:  # not by position, which goes with the stage
-        parts[crc32(item.nodeid.encode()) % count].append(item)
+        if item not in left_out:
+            parts[crc32(item.nodeid.encode()) % count].append(item)
     items[:] = parts.pop(number - 1)
-    config.hook.pytest_deselected(items=[item for part in parts for item in part])
+    config.hook.pytest_deselected(items=[*left_out, *(item for part in parts for item in part)])
 
 
 @pytest.fixture

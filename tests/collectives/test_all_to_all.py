@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from collectives.samples import ALL_DTYPES, NUMPY_DTYPES, as_bytes, between_nodes, raw
 from zerompi.collectives import all_to_all
 
 
-@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-def test_all_to_all_moves_every_bit_of_every_dtype(flat, dtype, memory):
+def test_all_to_all_moves_every_bit_of_every_dtype(flat, memory):
     n = 3
-    values = [raw(dtype, n * flat.size, rank) for rank in range(flat.size)]
-    send, recv = memory.put(values[flat.rank]), memory.put(raw(dtype, n * flat.size, 77))
-    all_to_all(send, recv, flat)
     own = slice(flat.rank * n, (flat.rank + 1) * n)
-    assert as_bytes(memory.get(recv)) == b"".join(as_bytes(part[own]) for part in values)
-    assert as_bytes(memory.get(send)) == as_bytes(raw(dtype, n * flat.size, flat.rank))
+    for dtype in ALL_DTYPES:
+        values = [raw(dtype, n * flat.size, rank) for rank in range(flat.size)]
+        send, recv = memory.put(values[flat.rank]), memory.put(raw(dtype, n * flat.size, 77))
+        all_to_all(send, recv, flat)
+        expected = b"".join(as_bytes(part[own]) for part in values)
+        assert as_bytes(memory.get(recv)) == expected, dtype
+        unchanged = raw(dtype, n * flat.size, flat.rank)
+        assert as_bytes(memory.get(send)) == as_bytes(unchanged), dtype
 
 
 def test_all_to_all_transposes_over_every_layout(group, memory):
@@ -27,13 +28,13 @@ def test_all_to_all_transposes_over_every_layout(group, memory):
     assert memory.get(recv).tolist() == [10 * rank + group.rank for rank in range(group.size)]
 
 
-@pytest.mark.parametrize("code", NUMPY_DTYPES)
-def test_all_to_all_takes_arrays(flat, code, xp):
-    send = xp.full((flat.size, 2), flat.rank, dtype=code)
-    recv = xp.empty((flat.size, 2), dtype=code)
-    all_to_all(send, recv, flat)
-    expected = xp.repeat(xp.arange(flat.size), 2).reshape(flat.size, 2).astype(code)
-    xp.testing.assert_array_equal(recv, expected)
+def test_all_to_all_takes_arrays(flat, xp):
+    for code in NUMPY_DTYPES:
+        send = xp.full((flat.size, 2), flat.rank, dtype=code)
+        recv = xp.empty((flat.size, 2), dtype=code)
+        all_to_all(send, recv, flat)
+        expected = xp.repeat(xp.arange(flat.size), 2).reshape(flat.size, 2).astype(code)
+        xp.testing.assert_array_equal(recv, expected, err_msg=code)
 
 
 def test_all_to_all_of_nothing_sends_nothing(group, memory):

@@ -155,6 +155,7 @@ def test_close_twice_is_allowed(comm):
     assert group.is_closed
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("limit", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
 def test_long_messages_travel_in_parts(group, monkeypatch, limit, dtype, memory):

@@ -119,6 +119,7 @@ def test_a_block_that_is_not_finite_arrives_as_nan(code, value):
 # -- all-gather --------------------------------------------------------------------------------
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", quantized.QUANTIZED_DTYPES)
 @pytest.mark.parametrize("code", [INT8, INT4])
 def test_all_ranks_gather_the_same_bits(group, code, dtype, memory):
@@ -168,6 +169,7 @@ def node_sums(summands, group, scale, node):
     return levels if node is not None else [scaled, *levels]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("error_feedback", [False, True])
 @pytest.mark.parametrize("dtype", quantized.QUANTIZED_DTYPES)
 def test_the_sum_is_within_the_bound_of_its_summands(group, dtype, error_feedback, memory):
@@ -186,6 +188,7 @@ def test_the_sum_is_within_the_bound_of_its_summands(group, dtype, error_feedbac
     assert ((out.double() - exact_sum).abs() <= bound).all()
 
 
+@pytest.mark.cover
 @pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
 @pytest.mark.parametrize("error_feedback", [False, True])
 @pytest.mark.parametrize("dtype", quantized.QUANTIZED_DTYPES)
@@ -253,6 +256,7 @@ def test_all_ranks_together_send_the_packed_blocks_once_for_each_other_node(grou
         assert inside == (group.size - topology.num_nodes) * of_each
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_a_block_with_an_overflow_on_one_rank_is_not_finite(group, value, memory):
     n = 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -191,10 +192,11 @@ def build(case: Case, optimizer: str = "adamw", seed: int = 7) -> tuple[nn.Modul
     return model, OPTIMIZERS[optimizer](trainable)
 
 
+@cache
 def unsharded_losses(
     case: Case, optimizer: str = "adamw", steps: int = STEPS, clip: float | None = None
 ) -> tuple[list[float], nn.Module]:
-    """Losses of plain torch on the global batch, and the trained model."""
+    """Losses of plain torch on the global batch, and the trained model: computed once, to be read."""
     model, opt = build(case, optimizer)
     losses = []
     for step in range(steps):

@@ -49,6 +49,7 @@ def assert_alike(actual, expected):
         torch.testing.assert_close(actual[key], expected[key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("make", PLACES)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=["plain", "amsgrad"])

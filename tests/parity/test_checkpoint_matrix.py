@@ -1,11 +1,10 @@
 """Saved at any number of ranks and any stage, loaded at any other: the run goes on as if uninterrupted.
 
-With ZEROMPI_ALL_PAIRS all pairs are tried, on four ranks 256 of them; else a few.
+With ZEROMPI_ALL_CASES=1 all pairs are tried, on four ranks 256 of them; else a few.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -16,11 +15,12 @@ import torch
 from mpi4py import MPI
 
 import zerompi
+from harness.cover import ALL_CASES, all_cases
 from models import CASES, build, own_slice
 
 CASE = CASES["gpt"]
 STAGES = (0, 1, 2, 3)
-BEFORE, AFTER = range(3), range(3, 13)
+BEFORE, AFTER = range(2), range(2, 5)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_few_of_all_pairs_continue_as_if_uninterrupted(comm, shared, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("ZEROMPI_ALL_PAIRS" not in os.environ, reason="takes a minute")
+@pytest.mark.skipif(not all_cases(), reason=f"takes a minute: set {ALL_CASES}=1")
 def test_all_pairs_continue_as_if_uninterrupted(comm, shared):
     everything = list(product(range(1, comm.size + 1), STAGES))
     for number, written in enumerate(everything):

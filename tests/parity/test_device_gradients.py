@@ -25,6 +25,7 @@ def backward(comm, case, model):
     case.loss(model(x), y).backward()
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, torch.inf])
 @pytest.mark.parametrize("reduce_dtype", [None, torch.bfloat16])

@@ -273,6 +273,7 @@ def test_copies_of_a_partitioned_model_are_refused(comm):
         copy.deepcopy(model)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf"), 1000.0])
 def test_clipping_of_wide_and_complex_gradients(comm, stage, dtype, norm_type):

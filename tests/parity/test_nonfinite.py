@@ -50,6 +50,7 @@ def assert_same(first, second):
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("fault", ["nan", "inf"])
 def test_a_fault_is_raised_on_all_ranks_with_its_name_and_changes_nothing(

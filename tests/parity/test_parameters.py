@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -164,11 +165,17 @@ def train(net, optimizer, steps, rank=0, size=1, reduce=lambda loss: loss):
     return losses
 
 
+@cache
+def trained(kind):
+    """Losses and model of plain torch."""
+    net, optimizer = make(kind, 3)
+    return train(net, optimizer, 8), net
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_trains_like_unsharded_torch(comm, kind, stage):
-    reference, optimizer = make(kind, 3)
-    expected = train(reference, optimizer, 8)
+    expected, reference = trained(kind)
     net, optimizer = make(kind, 3 + comm.rank)
     with zerompi.partition(net, optimizer, stage=stage, comm=comm) as zero:
         losses = train(

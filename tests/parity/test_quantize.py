@@ -39,6 +39,7 @@ def layout(request, comm, monkeypatch):
 # -- results -----------------------------------------------------------------------------------
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(
     ("stage", "name", "options"),
     [
@@ -81,6 +82,7 @@ def test_all_ranks_see_the_same_weights_and_shards_stay_exact(comm, layout):
     assert all(torch.equal(a, b) for a, b in pairs) == (not weights)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("pause", ["no_sync", "accumulate"])
 def test_gradients_of_several_passes_are_quantized_once(comm, layout, pause):
     """Their buckets are not where the other ranks of the node can read them (no_sync)."""

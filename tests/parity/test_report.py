@@ -62,6 +62,7 @@ def test_each_rank_sends_exactly_what_theory_says(comm, stage, nodes):
     assert traffic == ({} if n == 1 else expected)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("nodes", ["each", "one"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["gpt", "tied", "mlp"])
