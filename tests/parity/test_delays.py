@@ -12,7 +12,7 @@ import zerompi
 from harness.memory import ON_DEVICE
 from models import CASES, build, own_slice
 
-STEPS = 4 if ON_DEVICE else 12
+STEPS = 4 if ON_DEVICE else 40
 
 
 def weights_after(comm, stage, topology, longest, refresh="eager"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal, NoReturn, cast
@@ -12,16 +12,14 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from zerompi.activity import Wait
+from zerompi.activity import Wait, listed
 from zerompi.collectives import choice
 from zerompi.collectives.buffer import allocate
-from zerompi.collectives.disagreement import disagreement
 from zerompi.collectives.node import Node
 from zerompi.collectives.shared import SharedNode, open_node
 from zerompi.collectives.transport import Transport, choose
-from zerompi.collectives.waiting import has_spare_cores, wait_all
+from zerompi.collectives.waiting import has_spare_cores, nothing_left, wait_all
 from zerompi.errors import MismatchError, ZerompiError
-from zerompi.launch import raised_by_all
 from zerompi.memory import HOST, DeviceArray, Flat
 from zerompi.topology import Topology
 from zerompi.traffic import INTER_GROUP, INTER_NODE, INTRA_NODE, Traffic
@@ -216,7 +214,9 @@ class Group:
         self._wait.number += 1
         headers = self._exchange_headers(0 if signature is None else _digest(signature), flags)
         if len({digest for digest, _ in headers} - {0}) > 1:
-            raise disagreement(self.comm, signature or "nothing of its own")
+            raise MismatchError(
+                _disagreement(self.comm.allgather(signature or "nothing of its own"))
+            )
         return tuple(flags for _, flags in headers)
 
     def _exchange_headers(self, digest: int, flags: int) -> Sequence[tuple[int, int]]:
@@ -256,39 +256,66 @@ class Group:
     # -- data ----------------------------------------------------------------------------------
 
     def exchange(self, sends: Messages, recvs: Messages, label: str) -> None:
+        """Send and receive, and wait for it. Collective by contract.
+
+        Args: see `start_exchange`.
+        """
+        self.start_exchange(sends, recvs, label)()
+
+    def start_exchange(self, sends: Messages, recvs: Messages, label: str) -> Callable[[], None]:
         """Send and receive; the one place where array data moves. Collective by contract.
+
+        Several may be under way, if all ranks start them in the same order, and finish them in the
+        same order.
 
         Args:
             sends: (rank, flat memory of one kind) in the order in which the receiver lists them.
             recvs: (rank, flat memory of the same kind), each overwritten; of the sender's size.
             label: under which the bytes are counted.
+
+        Returns:
+            What waits until all has been sent and received; the caller keeps the memory until then.
         """
         self._check_open()
         if not sends and not recvs:
-            return
+            return nothing_left
         if isinstance((sends or recvs)[0][1], DeviceArray):
-            self.transport().mail.exchange(sends, recvs, label)
-        else:
-            self.exchange_messages(sends, recvs, label)
+            return self.transport().mail.start_exchange(sends, recvs, label)
+        return self.start_messages(sends, recvs, label)
 
-    def exchange_messages(self, sends: Messages, recvs: Messages, label: str) -> None:
-        """The same for memory that the MPI library can read and write."""
-        in_ring = [
-            self._waves(recvs, is_send=False),
-            self._waves(sends, is_send=True),
-        ]
-        for wave in sorted({*in_ring[0], *in_ring[1]}):
+    def start_messages(self, sends: Messages, recvs: Messages, label: str) -> Callable[[], None]:
+        """The same for memory that the MPI library can read and write.
+
+        Messages of the second wave, and of those that follow, start when the one before is over.
+        """
+        incoming = self._waves(recvs, is_send=False)
+        outgoing = self._waves(sends, is_send=True)
+
+        def post(wave: int) -> list[MPI.Request]:
             requests = [
                 self.comm.Irecv([part, MPI.BYTE], peer)
-                for peer, tensor in in_ring[0].get(wave, ())
-                for part in _parts(tensor)
+                for peer, flat in incoming.get(wave, ())
+                for part in _parts(flat)
             ]
-            for peer, tensor in in_ring[1].get(wave, ()):
-                for part in _parts(tensor):
+            for peer, flat in outgoing.get(wave, ()):
+                for part in _parts(flat):
                     requests.append(self.comm.Isend([part, MPI.BYTE], peer))
                     self.count_sent(label, peer, part.nbytes)
-            with self._wait:
-                wait_all(requests, polls=self.polls)
+            return requests
+
+        waves = sorted({*incoming, *outgoing})
+        first = post(waves[0]) if waves else []
+
+        def finish() -> None:
+            self._wait_for(first)
+            for wave in waves[1:]:
+                self._wait_for(post(wave))
+
+        return finish
+
+    def _wait_for(self, requests: Sequence[MPI.Request]) -> None:
+        with self._wait:
+            wait_all(requests, polls=self.polls)
 
     def _waves(self, messages: Messages, *, is_send: bool) -> dict[int, list[tuple[int, Flat]]]:
         """Messages by wave: those at ring distance 1 to 32 first, nearest first, then the next 32."""
@@ -373,14 +400,13 @@ def _agree_on_arguments(
             layout += f" in groups {topology.group_of_node}"
     answers = comm.allgather((error, f"topology {layout}, algorithm {algorithm}"))
     if error is not None:
-        first = next(rank for rank, (refusal, _) in enumerate(answers) if refusal is not None)
-        raise raised_by_all(ValueError(error), comm.rank, teller=first)
+        raise ValueError(error)
     for rank, (refusal, _) in enumerate(answers):
         if refusal is not None:
-            refused = MismatchError(f"rank {rank} refused the arguments of Group: {refusal}")
-            raise raised_by_all(refused, comm.rank, teller=rank)
-    if len({text for _, text in answers}) > 1:
-        raise disagreement(comm, answers[comm.rank][1])
+            raise MismatchError(f"rank {rank} refused the arguments of Group: {refusal}")
+    settings = [text for _, text in answers]
+    if len(set(settings)) > 1:
+        raise MismatchError(_disagreement(settings))
 
 
 def _parts(flat: Flat) -> list[MPI.buffer]:
@@ -394,3 +420,15 @@ def _parts(flat: Flat) -> list[MPI.buffer]:
 @lru_cache(maxsize=4096)
 def _digest(signature: str) -> int:
     return int.from_bytes(blake2b(signature.encode(), digest_size=8).digest(), "little")
+
+
+def _disagreement(signatures: Sequence[str]) -> str:
+    ranks_of: dict[str, list[int]] = {}
+    for rank, signature in enumerate(signatures):
+        ranks_of.setdefault(signature, []).append(rank)
+    sides = [
+        f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}: {signature[:500]}"
+        for signature, ranks in ranks_of.items()
+    ]
+    more = f"; and {len(sides) - 8} more" if len(sides) > 8 else ""
+    return f"ranks disagree on what comes next: {'; '.join(sides[:8])}{more}"

@@ -11,6 +11,7 @@ from zerompi.collectives.all_gather import Ranges
 from zerompi.collectives.group import Group
 from zerompi.collectives.lane import on_any_memory
 from zerompi.collectives.node import Node
+from zerompi.collectives.pipeline import Chunk, overlapped
 from zerompi.collectives.summation import sum_in_order
 from zerompi.memory import Flat
 
@@ -86,33 +87,31 @@ def reduce_blocks(
     node, topology = group.node_of(full), group.topology
     blocks = [slice(*ranges[topology.shard_index(owner)]) for owner in range(group.size)]
     longest = max(block.stop - block.start for block in blocks)
-    chunk = min(_CHUNK_NBYTES, _STAGING_NBYTES // group.size) // full.element_size()
+    chunk = min(_CHUNK_NBYTES, _STAGING_NBYTES // (2 * group.size)) // full.element_size()
     is_flat = peers is None and group.is_flat(
         "reduce_scatter", longest * full.element_size(), has_node=node is not None
     )
+    number = node.fence.cross() if node is not None and peers is not None else None
     if node is None or is_flat:
         step = _flat_chunk if is_flat else _hierarchical_chunk
-        own_blocks = [full[block] for block in blocks]
-        for start in range(0, longest, chunk):
-            parts = [block[start : start + chunk] for block in own_blocks]
-            step(parts, out[start : start + chunk], group, scale, label)
-        return
-    if peers is not None:
-        number = node.fence.cross()
-        if topology.is_single_node:
-            chunk = longest
-        by_peer = [[peer[block] for block in blocks] for peer in peers]
-        for start in range(0, longest, chunk or 1):
-            rows = [[block[start : start + chunk] for block in row] for row in by_peer]
-            _reduce_rows(rows, out[start : start + chunk], group, scale, label)
+    elif peers is None:
+        chunk = staging.chunk_numel(group.size, full.dtype)
+    elif topology.is_single_node:
+        chunk = max(1, longest)
+    by_rank = [[memory[block] for block in blocks] for memory in (peers or [full])]
+
+    def reduced(start: int) -> Chunk:
+        target = out[start : start + chunk]
+        rows = [[block[start : start + chunk] for block in row] for row in by_rank]
+        if node is None or is_flat:
+            return step(rows[0], target, group, scale, label)
+        if peers is None:
+            rows = staged_rows(node, rows[0], group)
+        return _sum_of_rows(rows, target, group, scale, label)
+
+    overlapped(reduced(start) for start in range(0, longest, chunk))
+    if node is not None and number is not None:
         node.fence.finish(number)
-        return
-    own_blocks = [full[block] for block in blocks]
-    chunk = staging.chunk_numel(group.size, full.dtype)
-    for start in range(0, longest, chunk):
-        parts = [block[start : start + chunk] for block in own_blocks]
-        rows = staged_rows(node, parts, group)
-        _reduce_rows(rows, out[start : start + chunk], group, scale, label)
 
 
 def staged_rows(node: Node, parts: Sequence[Flat], group: Group) -> list[list[Flat]]:
@@ -132,9 +131,9 @@ def staged_rows(node: Node, parts: Sequence[Flat], group: Group) -> list[list[Fl
     return rows
 
 
-def _reduce_rows(
+def _sum_of_rows(
     rows: Sequence[Sequence[Flat]], out: Flat, group: Group, scale: float, label: str
-) -> None:
+) -> Chunk:
     """Sum over this node's ranks in place, then over nodes by messages.
 
     Args:
@@ -155,26 +154,28 @@ def _reduce_rows(
             sum_in_order([row[owner] for row in rows], partial[owner], scale)
             group.count_shared(label, (len(rows) - 1) * own.nbytes)
     if not is_single:
-        _sum_over_nodes(partial, out, group, label)
+        yield from _sum_over_nodes(partial, out, group, label)
 
 
-def _flat_chunk(parts: list[Flat], out: Flat, group: Group, scale: float, label: str) -> None:
+def _flat_chunk(parts: list[Flat], out: Flat, group: Group, scale: float, label: str) -> Chunk:
     """Every rank sends part p to rank p, which sums in rank order."""
     rank = group.rank
     others = [peer for peer in range(group.size) if peer != rank]
     staged = {peer: empty_like(out) for peer in others}
-    group.exchange(
+    finish = group.start_exchange(
         [(peer, parts[peer]) for peer in others],
         [(peer, staged[peer]) for peer in others],
         label,
     )
+    yield
+    finish()
     staged[rank] = parts[rank]
     sum_in_order([staged[peer] for peer in range(group.size)], out, scale)
 
 
 def _hierarchical_chunk(
     parts: list[Flat], out: Flat, group: Group, scale: float, label: str
-) -> None:
+) -> Chunk:
     """Delegates sum inside each node; one partial sum per node goes to the owner, who sums them."""
     topology, rank = group.topology, group.rank
     node = topology.node_of[rank]
@@ -183,21 +184,23 @@ def _hierarchical_chunk(
     mine = [owner for owner in range(group.size) if delegate[owner] == rank]
     peers = [peer for peer in locals_ if peer != rank]
     staged = {(owner, peer): empty_like(parts[owner]) for peer in peers for owner in mine}
-    group.exchange(
+    finish = group.start_exchange(
         [(delegate[o], parts[o]) for o in range(group.size) if delegate[o] != rank],
         [(peer, staged[owner, peer]) for peer in peers for owner in mine],
         label,
     )
+    yield
+    finish()
     partial = {}
     for owner in mine:
         summands = [parts[owner] if p == rank else staged[owner, p] for p in locals_]
         partial[owner] = empty_like(parts[owner])
         sum_in_order(summands, partial[owner], scale)
     staged.clear()
-    _sum_over_nodes(partial, out, group, label)
+    yield from _sum_over_nodes(partial, out, group, label)
 
 
-def _sum_over_nodes(partial: dict[int, Flat], out: Flat, group: Group, label: str) -> None:
+def _sum_over_nodes(partial: dict[int, Flat], out: Flat, group: Group, label: str) -> Chunk:
     """Sum what the nodes have summed: over the nodes of each group, then over the groups, in order.
 
     Args:
@@ -217,11 +220,13 @@ def _sum_over_nodes(partial: dict[int, Flat], out: Flat, group: Group, label: st
         for node in nodes
         if node != own_node
     }
-    group.exchange(
+    finish = group.start_exchange(
         [(collectors[owner], part) for owner, part in partial.items() if collectors[owner] != rank],
         [(topology.delegate(node, owner), part) for (owner, node), part in received.items()],
         label,
     )
+    yield
+    finish()
     sums: dict[int, Flat] = {}
     for owner, part in partial.items():
         if collectors[owner] == rank:
@@ -230,19 +235,21 @@ def _sum_over_nodes(partial: dict[int, Flat], out: Flat, group: Group, label: st
             sums[owner] = out if is_total else empty_like(part)
             sum_in_order([received[owner, node] for node in nodes], sums[owner], 1.0)
     if topology.num_groups > 1:
-        _sum_over_groups(sums, out, group, label)
+        yield from _sum_over_groups(sums, out, group, label)
 
 
-def _sum_over_groups(sums: dict[int, Flat], out: Flat, group: Group, label: str) -> None:
+def _sum_over_groups(sums: dict[int, Flat], out: Flat, group: Group, label: str) -> Chunk:
     """Send this group of nodes' sums to their owners, and sum what other groups send, in group order."""
     topology, rank = group.topology, group.rank
     own = topology.group_of(rank)
     others = [number for number in range(topology.num_groups) if number != own]
     parts = {number: empty_like(out) for number in others}
-    group.exchange(
+    finish = group.start_exchange(
         [(owner, part) for owner, part in sums.items() if owner != rank],
         [(topology.group_delegate(number, rank), part) for number, part in parts.items()],
         label,
     )
+    yield
+    finish()
     parts[own] = sums[rank]
     sum_in_order([parts[number] for number in range(topology.num_groups)], out, 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mpi4py import MPI
@@ -13,9 +13,8 @@ from mpi4py import MPI
 from zerompi import cuda_aware, device
 from zerompi.collectives.node import DeviceNode
 from zerompi.collectives.shared import STAGING_NBYTES
-from zerompi.collectives.waiting import wait_some
+from zerompi.collectives.waiting import nothing_left, wait_some
 from zerompi.errors import MismatchError, ZerompiError
-from zerompi.launch import raised_by_all
 from zerompi.memory import DeviceArray
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ _log = logging.getLogger("zerompi")
 class Mail(Protocol):
     """Sends and receives messages between buffers on devices."""
 
-    def exchange(self, sends: Messages, recvs: Messages, label: str) -> None:
-        """See `Group.exchange`."""
+    def start_exchange(self, sends: Messages, recvs: Messages, label: str) -> Callable[[], None]:
+        """See `Group.start_exchange`."""
 
 
 class Transport(NamedTuple):
@@ -58,10 +57,10 @@ class CudaAware:
     def __init__(self, group: Group) -> None:
         self._group = group
 
-    def exchange(self, sends: Messages, recvs: Messages, label: str) -> None:
-        """See `Group.exchange`."""
+    def start_exchange(self, sends: Messages, recvs: Messages, label: str) -> Callable[[], None]:
+        """See `Group.start_exchange`."""
         device.ready()
-        self._group.exchange_messages(sends, recvs, label)
+        return self._group.start_messages(sends, recvs, label)
 
 
 class Staged:
@@ -78,8 +77,12 @@ class Staged:
         self._out: deque[device.Slot] = deque()
         self._in: deque[device.Slot] = deque()
 
-    def exchange(self, sends: Messages, recvs: Messages, label: str) -> None:
-        """See `Group.exchange`."""
+    def start_exchange(self, sends: Messages, recvs: Messages, label: str) -> Callable[[], None]:
+        """See `Group.start_exchange`; what it starts is over when it returns."""
+        self._exchange(sends, recvs, label)
+        return nothing_left
+
+    def _exchange(self, sends: Messages, recvs: Messages, label: str) -> None:
         group = self._group
         if not self._out:
             self._out.extend(device.Slot(_SLOT_NBYTES) for _ in range(_NUM_SLOTS))
@@ -159,10 +162,9 @@ def choose(group: Group) -> Transport:
     answers = group.comm.allgather((forced, aware, source))
     wishes = {wish for wish, _, _ in answers}
     if len(wishes) > 1:
-        error = MismatchError(
+        raise MismatchError(
             f"ZEROMPI_DEVICE_TRANSPORT: expected the same value on all ranks, got {wishes}"
         )
-        raise raised_by_all(error, group.rank)
     if forced not in (None, *_NAMES):
         raise ZerompiError(
             f"ZEROMPI_DEVICE_TRANSPORT: expected one of {', '.join(_NAMES)}, got {forced!r}"
