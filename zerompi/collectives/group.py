@@ -12,14 +12,16 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from zerompi.activity import Wait, listed
+from zerompi.activity import Wait
 from zerompi.collectives import choice
 from zerompi.collectives.buffer import allocate
+from zerompi.collectives.disagreement import disagreement
 from zerompi.collectives.node import Node
 from zerompi.collectives.shared import SharedNode, open_node
 from zerompi.collectives.transport import Transport, choose
 from zerompi.collectives.waiting import has_spare_cores, nothing_left, wait_all
 from zerompi.errors import MismatchError, ZerompiError
+from zerompi.launch import raised_by_all
 from zerompi.memory import HOST, DeviceArray, Flat
 from zerompi.topology import Topology
 from zerompi.traffic import INTER_GROUP, INTER_NODE, INTRA_NODE, Traffic
@@ -214,9 +216,7 @@ class Group:
         self._wait.number += 1
         headers = self._exchange_headers(0 if signature is None else _digest(signature), flags)
         if len({digest for digest, _ in headers} - {0}) > 1:
-            raise MismatchError(
-                _disagreement(self.comm.allgather(signature or "nothing of its own"))
-            )
+            raise disagreement(self.comm, signature or "nothing of its own")
         return tuple(flags for _, flags in headers)
 
     def _exchange_headers(self, digest: int, flags: int) -> Sequence[tuple[int, int]]:
@@ -400,13 +400,14 @@ def _agree_on_arguments(
             layout += f" in groups {topology.group_of_node}"
     answers = comm.allgather((error, f"topology {layout}, algorithm {algorithm}"))
     if error is not None:
-        raise ValueError(error)
+        first = next(rank for rank, (refusal, _) in enumerate(answers) if refusal is not None)
+        raise raised_by_all(ValueError(error), comm.rank, teller=first)
     for rank, (refusal, _) in enumerate(answers):
         if refusal is not None:
-            raise MismatchError(f"rank {rank} refused the arguments of Group: {refusal}")
-    settings = [text for _, text in answers]
-    if len(set(settings)) > 1:
-        raise MismatchError(_disagreement(settings))
+            refused = MismatchError(f"rank {rank} refused the arguments of Group: {refusal}")
+            raise raised_by_all(refused, comm.rank, teller=rank)
+    if len({text for _, text in answers}) > 1:
+        raise disagreement(comm, answers[comm.rank][1])
 
 
 def _parts(flat: Flat) -> list[MPI.buffer]:
@@ -420,15 +421,3 @@ def _parts(flat: Flat) -> list[MPI.buffer]:
 @lru_cache(maxsize=4096)
 def _digest(signature: str) -> int:
     return int.from_bytes(blake2b(signature.encode(), digest_size=8).digest(), "little")
-
-
-def _disagreement(signatures: Sequence[str]) -> str:
-    ranks_of: dict[str, list[int]] = {}
-    for rank, signature in enumerate(signatures):
-        ranks_of.setdefault(signature, []).append(rank)
-    sides = [
-        f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}: {signature[:500]}"
-        for signature, ranks in ranks_of.items()
-    ]
-    more = f"; and {len(sides) - 8} more" if len(sides) > 8 else ""
-    return f"ranks disagree on what comes next: {'; '.join(sides[:8])}{more}"

@@ -15,6 +15,7 @@ from zerompi.collectives.node import DeviceNode
 from zerompi.collectives.shared import STAGING_NBYTES
 from zerompi.collectives.waiting import nothing_left, wait_some
 from zerompi.errors import MismatchError, ZerompiError
+from zerompi.launch import raised_by_all
 from zerompi.memory import DeviceArray
 
 if TYPE_CHECKING:
@@ -162,9 +163,10 @@ def choose(group: Group) -> Transport:
     answers = group.comm.allgather((forced, aware, source))
     wishes = {wish for wish, _, _ in answers}
     if len(wishes) > 1:
-        raise MismatchError(
+        error = MismatchError(
             f"ZEROMPI_DEVICE_TRANSPORT: expected the same value on all ranks, got {wishes}"
         )
+        raise raised_by_all(error, group.rank)
     if forced not in (None, *_NAMES):
         raise ZerompiError(
             f"ZEROMPI_DEVICE_TRANSPORT: expected one of {', '.join(_NAMES)}, got {forced!r}"
