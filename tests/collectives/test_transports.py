@@ -139,8 +139,8 @@ def test_ipc_sends_no_message_inside_a_node(comm, monkeypatch):
     if group.node is None:
         group.close()
         pytest.skip("needs ranks that share a node")
-    monkeypatch.setattr(Staged, "exchange", _fail)
-    monkeypatch.setattr(CudaAware, "exchange", _fail)
+    monkeypatch.setattr(Staged, "start_exchange", _fail)
+    monkeypatch.setattr(CudaAware, "start_exchange", _fail)
     values = [numbers(torch.float32, 3000, rank) for rank in range(group.size)]
     own = put(values[group.rank])
     recv = put(torch.zeros(3000 * group.size))
