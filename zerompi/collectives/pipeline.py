@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 # The work on one chunk, which yields whenever its messages have started and others may go on.
 Chunk = Iterator[None]
 
+_OVER = object()
+
 
 def overlapped(chunks: Iterable[Chunk]) -> None:
     """Work on all chunks; start the messages of each before those of the one before are waited for.
@@ -28,9 +30,4 @@ def overlapped(chunks: Iterable[Chunk]) -> None:
 
 def _further(chunks: Iterable[Chunk]) -> list[Chunk]:
     """Let each chunk go on to its next exchange; return those that are not over."""
-    rest = []
-    for chunk in chunks:
-        for _ in chunk:
-            rest.append(chunk)
-            break
-    return rest
+    return [chunk for chunk in chunks if next(chunk, _OVER) is not _OVER]
