@@ -91,6 +91,7 @@ def check(comm, path: Path, written: tuple[int, int], others: Sequence[tuple[int
                 assert distance <= 1e-6 * torch.linalg.vector_norm(weight), (ranks, stage, name)
 
 
+@pytest.mark.mpi(min_size=4)  # of which 1, 2 and 3 save and load, too
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_few_of_all_pairs_continue_as_if_uninterrupted(comm, shared, stage):
     for ranks in range(1, comm.size + 1):

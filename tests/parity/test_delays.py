@@ -7,12 +7,17 @@ import time
 
 import pytest
 import torch
+from mpi4py import MPI
 
 import zerompi
 from harness.memory import ON_DEVICE
 from models import CASES, build, own_slice
 
 STEPS = 4 if ON_DEVICE else 40
+
+pytestmark = pytest.mark.skipif(
+    MPI.COMM_WORLD.size < 4 and not ON_DEVICE, reason="takes long, and 4 ranks show it best"
+)
 
 
 def weights_after(comm, stage, topology, longest, refresh="eager"):
