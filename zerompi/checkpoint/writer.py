@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zerompi.agreement import agreement
 from zerompi.checkpoint.directory import Replacement, tidy_series
+from zerompi.checkpoint.disk import allocate, start_writing
 from zerompi.checkpoint.shards import (
     DEFAULT_MAX_SHARD_NBYTES,
     ShardFile,
@@ -232,7 +233,9 @@ def _plan(stem: str, table: TensorTable, max_shard_nbytes: int) -> list[_File]:
 def _create(directory: Path, shard: ShardFile) -> None:
     """A file of full size."""
     with _named_errors(directory / shard.name), open(directory / shard.name, "xb") as stream:
-        stream.truncate(shard.header.nbytes + shard.header.data_nbytes)
+        nbytes = shard.header.nbytes + shard.header.data_nbytes
+        allocate(stream.fileno(), nbytes)
+        stream.truncate(nbytes)
 
 
 @contextmanager
@@ -256,6 +259,7 @@ def _write_slices(descriptor: int, file: _File, header: bytes) -> list[tuple[int
         begin = stored.begin + own.start * stored.spec.dtype.itemsize
         for raw in _pieces_of(own.values):
             _write_all(descriptor, raw, file.shard.header.nbytes + begin)
+            start_writing(descriptor, file.shard.header.nbytes + begin, len(raw))
             rows.append((begin, begin + len(raw), zlib.crc32(raw)))
             begin += len(raw)
     return rows
