@@ -112,21 +112,22 @@ def test_every_system_saves_and_loads(comm, tmp_path):
     for result in results:
         assert 0 < result.pause <= result.seconds
         assert result.first_pause > 0
+        assert result.ratio == 1 if result.system == "zerompi" else result.ratio > 0
         assert (result.load is None) == (result.system == checkpoints.DISK)
         assert result.nbytes >= results[0].nbytes
     assert list(tmp_path.iterdir()) == []
 
 
-LARGE = 12_345_678_901, 123.456, 103.447, 123.447, 117.746, 1_234_400_000, 1_234_500_000
-USUAL = 1_234_567_890, 12.345, 10.344, 12.344, 1.774, 123_400_000, 123_500_000
+LARGE = 12_345_678_901, 123.456, 103.447, 123.447, 117.746, 1_234_400_000, 1_234_500_000, 10.25
+USUAL = 1_234_567_890, 12.345, 10.344, 12.344, 1.774, 123_400_000, 123_500_000, 0.75
 
 
 @pytest.mark.parametrize("before", [{}, {"checkpoint torch.save": 20.0}])
 @pytest.mark.parametrize(
     ("numbers", "shown"),
     [
-        (LARGE, "12.35 123.46 0.10 103.45 123.45 117.75 0.10 1234 1234"),
-        (USUAL, "1.23 12.35 0.10 10.34 12.34 1.77 0.70 123 124"),
+        (LARGE, "12.35 123.46 10.25 103.45 123.45 117.75 0.10 1234 1234"),
+        (USUAL, "1.23 12.35 0.75 10.34 12.34 1.77 0.70 123 124"),
     ],
 )
 def test_no_number_of_the_table_of_checkpoints_is_cut_at_80_columns(numbers, shown, before):
@@ -140,7 +141,7 @@ def test_no_number_of_the_table_of_checkpoints_is_cut_at_80_columns(numbers, sho
     assert len(rows) == len(names)
     if numbers == USUAL:
         assert re.findall(r"[^┃\s]+", lines[1]) == [
-            "system", "GB", "save", "GB/s", "pause", "first", "load", "GB/s", "save+", "load+"
+            "system", "GB", "save", "ratio", "pause", "first", "load", "GB/s", "save+", "load+"
         ] + ["before"] * bool(before)  # fmt: skip
     if numbers == USUAL and not before:
         assert [re.findall(r"[^│\s]+", row)[0] for row in rows] == names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -23,7 +24,11 @@ from zerompi.bench.gloo import gloo
 from zerompi.bench.training import Workload, make_fsdp2_model, peak_while, resident_nbytes
 
 DISK = "disk"
+_OWN = "zerompi"
 _PIECE = 4 << 20  # bytes of one write
+_QUIET = (
+    0.5  # seconds in which the disk ends what it does unasked, such as discarding removed files
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Stored:
         save_memory: by how much the memory of all ranks has grown at the peak of a save, bytes by
             rank on average; shared pages count once (PSS).
         load_memory: the same of a load.
+        ratio: the median over rounds of `seconds` by those of `zerompi` in the same round; None if
+            that takes no part.
     """
 
     system: str
@@ -51,6 +58,7 @@ class Stored:
     load: float | None
     save_memory: int
     load_memory: int | None
+    ratio: float | None = None
 
     @property
     def key(self) -> str:
@@ -197,21 +205,24 @@ SYSTEMS: dict[str, Maker] = {
 def measure(
     comm: MPI.Intracomm, workload: Workload, systems: list[str], repeats: int, directory: Path
 ) -> list[Stored]:
-    """Let the systems take turns, in `directory`, which all ranks share. Collective over `comm`."""
+    """Let the systems take turns, in `directory`, which all ranks share. Collective over `comm`.
+
+    In an order of its own in each round, so that none always follows the same other one.
+    """
     place = Path(comm.bcast(tempfile.mkdtemp(dir=directory) if comm.rank == 0 else None))
     turns: dict[str, list[Turn]] = {name: [] for name in systems}
     weights: dict[str, Weight] = {}
     try:
         with gloo(comm):
-            for _ in range(repeats):
-                for name in systems:
+            for turn in range(repeats):
+                for name in random.Random(turn).sample(systems, len(systems)):
                     turns[name].append(_take_turn(comm, workload, name, place))
             for name in systems:
                 weights[name] = _weigh(comm, workload, name, place)
     finally:
         if comm.rank == 0:
             shutil.rmtree(place, ignore_errors=True)
-    return [_stored(name, taken, weights[name]) for name, taken in turns.items()]
+    return [_stored(name, taken, weights[name], turns.get(_OWN)) for name, taken in turns.items()]
 
 
 class Turn(NamedTuple):
@@ -231,8 +242,11 @@ class Weight(NamedTuple):
     load: int | None
 
 
-def _stored(name: str, turns: list[Turn], weight: Weight) -> Stored:
+def _stored(name: str, turns: list[Turn], weight: Weight, own: list[Turn] | None) -> Stored:
     loads = [turn.load for turn in turns if turn.load is not None]
+    ratio = None
+    if own is not None:
+        ratio = median(a.seconds / b.seconds for a, b in zip(turns, own, strict=True))
     return Stored(
         name,
         turns[-1].nbytes,
@@ -241,6 +255,7 @@ def _stored(name: str, turns: list[Turn], weight: Weight) -> Stored:
         median(turn.first_pause for turn in turns),
         median(loads) if loads else None,
         *weight,
+        ratio=ratio,
     )
 
 
@@ -301,6 +316,7 @@ def _settle(comm: MPI.Intracomm) -> None:
     """Nothing of what was written before is on its way to the disk."""
     if comm.rank == 0:
         os.sync()
+        time.sleep(_QUIET)
     comm.Barrier()
 
 

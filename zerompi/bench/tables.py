@@ -69,11 +69,12 @@ def table_of_checkpoints(
 ) -> Table:
     """One row for each system; see `table_of_collectives`.
 
-    GB of the files, seconds, and MB by rank (`save+`, `load+`). No number is cut at 80 columns.
+    GB of the files, seconds, the save's by those of zerompi in the same round (`ratio`), and MB by rank
+    (`save+`, `load+`). No number is cut at 80 columns.
     """
     table = Table(title=title, collapse_padding=True, pad_edge=False)
     table.add_column("system", overflow="fold")
-    for column in ("GB", "save", "GB/s", "pause", "first", "load", "GB/s", "save+", "load+"):
+    for column in ("GB", "save", "ratio", "pause", "first", "load", "GB/s", "save+", "load+"):
         table.add_column(column, justify="right", no_wrap=True)
     if before:
         table.add_column("before", justify="right", no_wrap=True)
@@ -83,7 +84,7 @@ def table_of_checkpoints(
             result.system,
             f"{result.nbytes / 1e9:.2f}",
             f"{result.seconds:.2f}",
-            f"{result.nbytes / result.seconds / 1e9:.2f}",
+            "" if result.ratio is None else f"{result.ratio:.2f}",
             f"{result.pause:.2f}",
             f"{result.first_pause:.2f}",
             f"{result.load or 0:.2f}" if loads else "",
