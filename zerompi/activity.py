@@ -37,8 +37,10 @@ class _Progress:
     Attributes:
         step: calls of `optimizer.step()` that are complete, of the partition that stepped last.
         phase: what began last.
+        terminated_at: when SIGTERM came as a request to stop, by the monotonic clock; None if it did not.
     """
 
+    terminated_at: float | None = None
     step = 0
     phase = "before the first forward"
 

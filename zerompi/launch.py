@@ -274,6 +274,13 @@ def abort(text: str, status: int = 1) -> NoReturn:
         _os_exit(status)
 
 
+def leave(status: int) -> NoReturn:
+    """End this process alone, at once: another rank has said why the job ends."""
+    with suppress(Exception):
+        sys.stdout.flush()
+    _os_exit(status)
+
+
 def _real_stderr() -> TextIO:
     """Standard error, not what somebody collects it in: torch.distributed does so in a hook of its own."""
     try:

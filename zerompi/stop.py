@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 from mpi4py import MPI
 
+from zerompi.activity import progress
 from zerompi.job_time import seconds_to_end
 from zerompi.launch import STOPPED_STATUS
 from zerompi.watchdog import waiting
@@ -85,9 +86,12 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        progress.terminated_at = None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
+        if number == signal.SIGTERM:
+            progress.terminated_at = time.monotonic()
 
     def requested(self, comm: MPI.Intracomm | None = None) -> bool:
         """Whether any rank of `comm` (None: COMM_WORLD) has been asked to stop. Collective.

@@ -31,9 +31,13 @@ _DEFAULT_TIMEOUT = 1800.0  # seconds
 _POLL = 0.5  # seconds between looks
 _ANSWER_TIME = 5.0  # seconds that the other ranks may take to tell where they are
 _DEATH_GRACE = 1.0  # seconds that the launcher gets to end the job, whose report is the better one
-_ABORT_GRACE = 15.0  # the same, where a rank has ended the job and said why
+_ABORT_GRACE = 2.0  # the same, where a rank has ended the job and said why
+_STOP_PATIENCE = (
+    1.0  # seconds that a rank waits after SIGTERM before it asks whether others are there
+)
+_PING_TIME = 4.0  # seconds that these may be silent
 _LAST_RESORT = 30.0  # seconds after which a process whose end fails, too, ends by force
-_ASK, _ANSWER, _GOODBYE, _ENDING = 1, 2, 3, 4
+_ASK, _ANSWER, _GOODBYE, _ENDING, _PING, _PONG = 1, 2, 3, 4, 5, 6
 
 
 def seconds_allowed() -> float:
@@ -63,8 +67,9 @@ class Watch:
     """Lets the ranks of one communicator ask each other where they are, and notice who is gone.
 
     Collective over `comm`: construction and `close`. Each rank has an eye on the next one in the same
-    process namespace; where one process does not see another, as on another node, only waiting
-    too long tells.
+    process namespace. Where one process does not see another, as on another node, waiting too long
+    tells; after SIGTERM, which srun sends when ranks are gone, the last rank of a node asks the first
+    one of the next whether it is there.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -74,12 +79,18 @@ class Watch:
         self.answers: dict[int, State] = {}
         self.asked_by: set[int] = set()
         self._pids: list[tuple[object, int]] = self.comm.allgather((_namespace(), os.getpid()))
-        near = [r for r, (space, _) in enumerate(self._pids) if space == self._pids[self.rank][0]]
+        spaces = [space for space, _ in self._pids]
+        near = [rank for rank, space in enumerate(spaces) if space == spaces[self.rank]]
         at = near.index(self.rank)
         self._before, self._next = near[at - 1], near[(at + 1) % len(near)]
+        firsts = [rank for rank, space in enumerate(spaces) if spaces.index(space) == rank]
+        following = firsts[(firsts.index(near[0]) + 1) % len(firsts)]
+        # The rank of another node that this one asks; None if there is one nearer.
+        self._far = following if self.rank == near[-1] and len(firsts) > 1 else None
+        self._pinged_at = math.inf  # not answered yet
         self._has_left = False
         self._died_at = math.inf
-        self._grace = _DEATH_GRACE
+        self._ends_at = math.inf  # this process, as another rank has ended the job
         self._sent: list[MPI.Request] = []
         self.pidfd = None if self._next == self.rank else _open_pidfd(self._pids[self._next][1])
         if self.pidfd is not None:
@@ -111,11 +122,16 @@ class Watch:
                 self.answers[source] = content
             elif tag == _GOODBYE:
                 self._has_left = True
-            elif self._grace == _DEATH_GRACE:
-                self.say_ending()
+            elif tag == _PING:
+                self._send(None, source, _PONG)
+            elif tag == _PONG:
+                self._pinged_at = math.inf
+            else:
+                self._ends_at = min(self._ends_at, time.monotonic() + _ABORT_GRACE)
 
     def _send(self, content: object, peer: int, tag: int) -> None:
-        self._sent.append(self.comm.isend(content, peer, tag))
+        with suppress(MPI.Exception):  # the peer may be gone
+            self._sent.append(self.comm.isend(content, peer, tag))
 
     def say_goodbye(self) -> None:
         """Let the rank that watches this one know that it ends as it should."""
@@ -123,20 +139,30 @@ class Watch:
             self._send(None, self._before, _GOODBYE)
 
     def say_ending(self) -> None:
-        """Let all ranks near this one know that the job is being ended, and why has been said."""
-        self._grace = _ABORT_GRACE
-        if self.can_talk and self._before != self.rank:
-            self._send(None, self._before, _ENDING)
+        """Let all ranks know that the job is being ended, and why has been said."""
+        for peer in range(self.size):
+            if self.can_talk and peer != self.rank:
+                self._send(None, peer, _ENDING)
 
     def note_death(self) -> None:
         """The next rank's process is gone."""
         self.pidfd = None
         self._died_at = time.monotonic()
 
+    def end_if_over(self) -> None:
+        """End this process if another one has ended the job and the launcher does nothing.
+
+        srun, once it has sent SIGTERM, takes no notice of MPI_Abort.
+        """
+        if time.monotonic() >= self._ends_at:
+            launch.leave(1)
+
     def end_if_dead(self) -> None:
         """End the job if the next rank is gone, did not say goodbye, and the launcher does nothing."""
-        if time.monotonic() < self._died_at + self._grace or self._has_left or not self.can_talk:
+        if time.monotonic() < self._died_at + _DEATH_GRACE or self._has_left or not self.can_talk:
             return
+        if self._ends_at < math.inf:
+            return  # that is why it is gone
         pid = self._pids[self._next][1]
         launch.end_job(
             [
@@ -146,6 +172,24 @@ class Watch:
             ],
             1,
         )
+
+    def end_if_silent(self) -> None:
+        """Ask the rank of the next node whether it is there; end the job if it has not answered in time."""
+        now = time.monotonic()
+        if self._far is None or not self.can_talk or self._ends_at < math.inf:
+            return
+        if self._pinged_at == math.inf:
+            self._pinged_at = now
+            self._send(None, self._far, _PING)
+        elif now >= self._pinged_at + _PING_TIME:
+            launch.end_job(
+                [
+                    f"asked to stop by SIGTERM, and rank {self._far} does not answer: taken for "
+                    "dead, with other ranks of its node perhaps",
+                    f"this rank: {progress.step} steps done, {progress.phase}; ending the job",
+                ],
+                1,
+            )
 
     def report_hang(self, wait: Wait, seconds: float) -> NoReturn:
         """Ask the others where they are, say so, and end the job; if several ask, the lowest reports."""
@@ -225,6 +269,7 @@ class _Watchdog:
                     return
                 for watch in list(self._watches):
                     watch.read()
+                    watch.end_if_over()
                     watch.end_if_dead()
                 self._check_waits()
 
@@ -243,7 +288,12 @@ class _Watchdog:
         found = longest_wait()
         if found is None or any(watch.asked_by for watch in self._watches):
             return  # or another rank reports already
-        seconds = time.monotonic() - found[0]
+        now = time.monotonic()
+        stop = progress.terminated_at
+        if stop is not None and now >= max(stop, found[0]) + _STOP_PATIENCE:
+            for watch in list(self._watches):
+                watch.end_if_silent()
+        seconds = now - found[0]
         if seconds < self._allowed:
             return
         _end_by_force_later()

@@ -156,6 +156,51 @@ def test_a_neighbour_that_is_gone_ends_the_job(comm, monkeypatch):
     assert "has ended in the middle of the job" in said[0]
 
 
+def until(condition):
+    deadline = time.monotonic() + 15
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def test_after_sigterm_a_rank_of_another_node_that_is_silent_ends_the_job(comm, monkeypatch):
+    if comm.size == 1:
+        pytest.skip("needs another rank")
+    said = []
+    monkeypatch.setattr(launch, "end_job", lambda lines, status: said.append(lines[0]))
+    monkeypatch.setattr(watchdog, "_namespace", os.getpid)  # each rank on a node of its own
+    monkeypatch.setattr(activity.progress, "terminated_at", time.monotonic())
+    watch = Watch(comm)
+    with Wait("the others"):
+        time.sleep(watchdog._STOP_PATIENCE + watchdog._PING_TIME + 2)
+    assert not said  # all answer
+    comm.Barrier()
+    if comm.rank == 1:
+        watch.read = lambda: None  # gone, as others see it
+    if comm.rank == 0:
+        with Wait("rank 1"):
+            until(lambda: said)
+        assert "asked to stop by SIGTERM, and rank 1 does not answer: taken for dead" in said[0]
+    comm.Barrier()
+    if comm.rank == 1:
+        del watch.read
+    watch.close()
+
+
+def test_ranks_that_hear_of_the_end_of_the_job_leave_by_themselves(comm, monkeypatch):
+    if comm.size == 1:
+        pytest.skip("needs another rank")
+    left = []
+    monkeypatch.setattr(launch, "leave", left.append)
+    watch = Watch(comm)
+    if comm.rank == 0:
+        watch.say_ending()  # as before MPI_Abort, of which no launcher takes notice here
+    else:
+        until(lambda: left)
+    comm.Barrier()
+    watch.close()
+    assert set(left) == ({1} if comm.rank else set())
+
+
 def test_ranks_that_end_one_after_the_other_are_not_taken_for_dead(run_mpi):
     program = (
         "import time, zerompi; from zerompi.collectives import Group\n"

@@ -28,7 +28,7 @@ from zerompi.train.metrics import MetricsLog, write_whole
 from zerompi.train.model import next_token_logits
 from zerompi.train.sample import sample_continuation
 from zerompi.train.summary import Meter, Summary, print_summary, summarise
-from zerompi.watchdog import waiting
+from zerompi.watchdog import Watch, waiting
 
 
 class _Outcome(NamedTuple):
@@ -48,8 +48,12 @@ def train(config: TrainConfig, comm: MPI.Intracomm) -> Summary | None:
         InputError: the configuration cannot be used; the same on all ranks, before training.
         NonFiniteError: of a step, a loss or gradient; the same on all ranks.
     """
+    watch = Watch(comm) if comm.size > 1 else None  # a partition has its own, but there is none yet
     with StopRequest(config.max_time, margin=config.margin) as stop:
-        return _train(config, comm, stop)
+        summary = _train(config, comm, stop)
+    if watch is not None:
+        watch.close()  # not after an exception: it is collective
+    return summary
 
 
 def _train(config: TrainConfig, comm: MPI.Intracomm, stop: StopRequest) -> Summary | None:
