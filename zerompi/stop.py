@@ -14,7 +14,7 @@ from mpi4py import MPI
 from zerompi.activity import progress
 from zerompi.job_time import seconds_to_end
 from zerompi.launch import STOPPED_STATUS
-from zerompi.watchdog import waiting
+from zerompi.watchdog import signal_bell, waiting
 
 _TIME_IS_OVER = 1 << 10  # among the reasons, beside numbers of signals
 _MARGIN = 120.0  # seconds kept for a checkpoint ...
@@ -72,10 +72,18 @@ class StopRequest:
         self._last_look = math.inf  # not yet
         self._longest = 0.0  # seconds between two looks
         self._before: dict[signal.Signals, object] = {}
+        self._rings_bell = False
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             self._before[number] = signal.signal(number, self._remember)
+        # Python's handlers wait until the main thread's call returns, of MPI perhaps; the bell does not.
+        bell = signal_bell()
+        if bell is not None:
+            others = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
+            self._rings_bell = others == -1
+            if not self._rings_bell:
+                signal.set_wakeup_fd(others)
         return self
 
     def __exit__(
@@ -86,12 +94,12 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._rings_bell:
+            signal.set_wakeup_fd(-1)
         progress.terminated_at = None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        if number == signal.SIGTERM:
-            progress.terminated_at = time.monotonic()
 
     def requested(self, comm: MPI.Intracomm | None = None) -> bool:
         """Whether any rank of `comm` (None: COMM_WORLD) has been asked to stop. Collective.

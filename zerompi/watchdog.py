@@ -12,6 +12,7 @@ import faulthandler
 import math
 import os
 import select
+import signal
 import threading
 import time
 import weakref
@@ -61,6 +62,11 @@ def waiting(what: str) -> Wait:
     if not launch.is_alone():
         _watchdog()
     return Wait(what)
+
+
+def signal_bell() -> int | None:
+    """A descriptor for `signal.set_wakeup_fd`, by which the watchdog learns of SIGTERM; None if alone."""
+    return None if launch.is_alone() else _watchdog().bell
 
 
 class Watch:
@@ -230,7 +236,8 @@ class _Watchdog:
         self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
         self._lock = threading.Lock()  # held while the thread uses communicators
         self._is_ending = False
-        self._alarm, self._bell = os.pipe()
+        self._alarm, self.bell = os.pipe()
+        os.set_blocking(self.bell, False)
         self._thread = threading.Thread(target=self._run, name="zerompi-watchdog", daemon=True)
         self._thread.start()
         atexit.register(self._stop)
@@ -239,7 +246,7 @@ class _Watchdog:
     def add(self, watch: Watch) -> None:
         with self._lock:
             self._watches.add(watch)
-        os.write(self._bell, b"\0")
+        os.write(self.bell, b"\0")
 
     def remove(self, watch: Watch) -> None:
         with self._lock:
@@ -251,7 +258,7 @@ class _Watchdog:
             return  # or the child of a fork, where there is no such thread
         with self._lock:
             self._is_ending = True
-        os.write(self._bell, b"\0")
+        os.write(self.bell, b"\0")
         self._thread.join()
         for watch in list(self._watches):
             watch.say_goodbye()
@@ -280,7 +287,8 @@ class _Watchdog:
         ready, _, _ = select.select([self._alarm, *eyes], [], [], seconds)
         for descriptor in ready:
             if descriptor == self._alarm:
-                os.read(self._alarm, 64)
+                if signal.SIGTERM in os.read(self._alarm, 64):
+                    progress.terminated_at = time.monotonic()
             else:
                 eyes[descriptor].note_death()
 
