@@ -15,12 +15,18 @@ from mpi4py import MPI
 
 from harness.commands import CommandRun
 from harness.mpirun import MPIRun
+from zerompi.train.model import Block, GPTConfig
 
 Train = Callable[..., Any]
 
 
-@pytest.mark.parametrize("changes", [{"stage": 0}, {"stage": 3, "accumulate": 2}])
-def test_a_job_trains_and_writes_what_it_measured(train: Train, changes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "memory"), [({"stage": 0}, "1"), ({"stage": 3, "accumulate": 2}, "0")]
+)
+def test_a_job_trains_and_writes_what_it_measured(
+    train: Train, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], memory: str
+) -> None:
+    monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", memory)
     run = train(2, steps=30, eval_every=0, **changes)
     losses = [loss for kind, _, loss in run.losses if kind == "train"]
     assert len(losses) == 30
@@ -34,6 +40,10 @@ def test_a_job_trains_and_writes_what_it_measured(train: Train, changes: dict[st
         if label != "header"
     }
     assert counted == summary["traffic_theory"]
+    if changes["stage"] == 3:  # of two blocks and the rest, only the first block is gathered twice
+        first = sum(p.numel() for p in Block(GPTConfig(layers=2, width=32, heads=2)).parameters())
+        gathered = summary["run"]["parameters"] + first
+        assert counted["all_gather"] == 2 * 4 * gathered / 2  # passes, bytes; one of two ranks
     for category in ("parameters", "gradients", "optimizer_states"):
         measured = summary["memory"][category]
         assert measured["peak"] == pytest.approx(measured["formula"], rel=0.05)
