@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 from zerompi.activity import progress
 from zerompi.errors import CheckpointError, ZerompiError
-from zerompi.launch import raised_by_all
+from zerompi.launch import first_with, raised_by_all
 from zerompi.watchdog import waiting
 
 
@@ -25,14 +25,15 @@ def agree_error(comm: MPI.Intracomm, error: Exception | None) -> None:
     own = None if error is None else (_shared_class(error), _message(error))
     with waiting(f"{progress.phase}: whether a rank has met an error"):
         errors = comm.allgather(own)
-    first = next((rank for rank, found in enumerate(errors) if found is not None), 0)
+    first = first_with(errors)
+    if first is None:
+        return
     if error is not None and not isinstance(error, OSError):
         raise raised_by_all(error, comm.rank, teller=first)
-    for rank, found in enumerate(errors):
-        if found is not None and (error is None or rank == comm.rank):
-            kind, message = found
-            told = kind(f"rank {rank}: {message}" if comm.size > 1 else message)
-            raise raised_by_all(told, comm.rank, teller=first) from error
+    rank = first if error is None else comm.rank
+    kind, message = errors[rank]
+    told = kind(f"rank {rank}: {message}" if comm.size > 1 else message)
+    raise raised_by_all(told, comm.rank, teller=first) from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from zerompi.comm_thread import CommThread
 from zerompi.context import Context
 from zerompi.device import holds, is_installed, space_of
 from zerompi.errors import MismatchError
-from zerompi.launch import check_world, raised_by_all
+from zerompi.launch import check_world, first_with, raised_by_all
 from zerompi.memory import HOST, Space
 from zerompi.optimizer import check_optimizer
 from zerompi.place import place
@@ -175,11 +175,10 @@ def _agree(arguments: _Arguments, world: Group) -> list[UnitPlan]:
     except Exception as caught:  # also what a predicate of the user's raises
         error = caught
     refusals = world.comm.allgather(None if error is None else f"{type(error).__name__}: {error}")
-    first = next((rank for rank, refusal in enumerate(refusals) if refusal is not None), 0)
-    if error is None and refusals[first] is not None:
-        error = MismatchError(f"rank {first} refused the arguments of partition: {refusals[first]}")
-    if error is not None:
-        raise raised_by_all(error, world.rank, teller=first)
+    first = first_with(refusals)
+    if first is not None:
+        told = f"rank {first} refused the arguments of partition: {refusals[first]}"
+        raise raised_by_all(error or MismatchError(told), world.rank, teller=first)
     _check_equal(_description(arguments, plans), world)
     return plans
 

@@ -315,6 +315,11 @@ def raised_by_all(error: _E, rank: int, *, teller: int = 0, report: Sequence[str
     return error
 
 
+def first_with(answers: Sequence[object | None]) -> int | None:
+    """The first rank whose answer is not None: the one that tells of an error that all ranks raise."""
+    return next((rank for rank, answer in enumerate(answers) if answer is not None), None)
+
+
 def report_and_abort(
     kind: type[BaseException], value: BaseException, trace: TracebackType | None
 ) -> None:

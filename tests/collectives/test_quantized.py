@@ -225,15 +225,19 @@ def test_what_is_not_sent_is_not_quantized(group, memory):
     assert torch.equal(out, documented_sum(summands, group)[own])
 
 
-def test_chunks_give_the_same_bits_and_bytes(group, monkeypatch, memory):
+@pytest.mark.cover
+@pytest.mark.parametrize("error_feedback", [False, True])
+def test_chunks_give_the_same_bits_and_bytes(group, monkeypatch, memory, error_feedback):
+    """Also where something is kept of the sum before, of each chunk and each exchange."""
     ranges = ranges_of(group)
-    send = values(ranges[-1][1], group.rank)
+    sends = [values(ranges[-1][1], 10 * step + group.rank) for step in range(3)]
     results, sent = [], []
     for chunk in (1 << 18, 1):  # one block at least
         monkeypatch.setattr(quantized, "_CHUNK_NUMEL", chunk)
         before = group.traffic.total("reduce_scatter")
-        out = reduced(group, memory, send, ranges, Packer(INT4, error_feedback=False))
-        results.append(as_bytes(out))
+        packer = Packer(INT4, error_feedback=error_feedback)
+        outs = [reduced(group, memory, send, ranges, packer) for send in sends]
+        results.append([as_bytes(out) for out in outs])
         sent.append(group.traffic.total("reduce_scatter") - before)
     assert results[0] == results[1]
     assert sent[0] == sent[1]

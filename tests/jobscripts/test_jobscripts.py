@@ -258,6 +258,28 @@ class Course:
                     read(name, 0, spec.numel, torch.empty(spec.numel, dtype=spec.dtype))
             return reader.state["extra"]["step"]
 
+    def processes(self):
+        """Command line and environment by process of those that know the Slurm of this run."""
+        mine = f"SLURM_CONF={self.slurm['SLURM_CONF']}".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                variables = (process / "environ").read_bytes().split(b"\0")
+                if mine in variables:
+                    yield int(process.name), (process / "cmdline").read_bytes(), variables
+
+    def steps_alive(self):
+        """Processes of slurmd that look after a step of the job."""
+        for pid, command, _ in self.processes():
+            if command.startswith(f"slurmstepd: [{self.job}.".encode()):
+                yield pid
+
+    def ranks_on(self, node):
+        """Processes of `zerompi train` under the slurmd of a node."""
+        for pid, command, variables in self.processes():
+            is_rank = command.split(b"\0")[1:4] == [b"-m", b"zerompi", b"train"]
+            if is_rank and f"SLURMD_NODENAME={node}".encode() in variables:
+                yield pid
+
     def wait_for_step(self, step):
         self.wait_for_state("RUNNING", "FAILED")
         metrics = self.out / "metrics.jsonl"
@@ -296,8 +318,10 @@ def test_job_that_gets_usr1_saves_is_queued_again_and_goes_on_as_if_uninterrupte
     assert course.field("Restarts") == "1"
     stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+); saved", course.text)[1])
     assert 30 <= stopped == course.saved < STEPS
-    # Slurm lets a job that is queued again wait for two minutes.
-    command = ["scontrol", "update", f"JobId={course.job}", "StartTime=now"]
+    # Slurm lets a job that is queued again wait for two minutes. At once would not do: a node still
+    # ends the first steps, and refuses what starts in the second in which it was told to.
+    wait_for(lambda: not list(course.steps_alive()), "end of the first steps", course.log)
+    command = ["scontrol", "update", f"JobId={course.job}", "StartTime=now+3"]
     subprocess.run(command, env={**os.environ, **course.slurm}, check=True, timeout=60)
     assert course.wait_for_state("COMPLETED", "FAILED") == "COMPLETED", course.text
     assert f"continuing from {course.out}/checkpoints/step-{stopped} after" in course.text
@@ -317,23 +341,12 @@ def test_job_that_is_cancelled_saves_and_is_not_queued_again(course):
     assert course.field("Restarts") == "0"
 
 
-def ranks_on(node):
-    """Processes of `zerompi train` under the slurmd of a node."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            variables = (process / "environ").read_bytes().split(b"\0")
-            is_rank = words[1:4] == [b"-m", b"zerompi", b"train"]
-            if is_rank and f"SLURMD_NODENAME={node}".encode() in variables:
-                yield int(process.name)
-
-
 def test_job_whose_ranks_of_a_node_are_killed_ends_and_goes_on_when_submitted_again(
     course, uninterrupted
 ):
     course.submit()
     course.wait_for_step(30)
-    victims = list(ranks_on("n2"))
+    victims = list(course.ranks_on("n2"))
     assert len(victims) == 2
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
@@ -341,7 +354,7 @@ def test_job_whose_ranks_of_a_node_are_killed_ends_and_goes_on_when_submitted_ag
     ends = ("FAILED", "COMPLETED", "CANCELLED", "NODE_FAIL")
     state = course.wait_for_state(*ends, seconds=KILL_WAIT + 7)
     assert state == "FAILED", course.text
-    assert not list(ranks_on("n1"))
+    assert not list(course.ranks_on("n1"))
     saved = course.saved
     assert saved >= 20
     course.submit()

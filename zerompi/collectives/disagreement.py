@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from zerompi.activity import listed, own_place
 from zerompi.errors import MismatchError
-from zerompi.launch import raised_by_all
+from zerompi.launch import first_with, raised_by_all
 
 _MAX_SIDES = 8  # that are shown
 
@@ -31,7 +31,7 @@ def disagreement(comm: MPI.Intracomm, signature: str) -> MismatchError:
     caught = sys.exc_info()[1]
     error = None if caught is None else f"{type(caught).__name__}: {caught}"[:500]
     everyone: list[_Side] = comm.allgather(_Side(signature[:500], own_place(), error))
-    teller = next((rank for rank, side in enumerate(everyone) if side.error is not None), 0)
+    teller = first_with([side.error for side in everyone]) or 0
     sides = "; ".join(_list_sides([_text(side) for side in everyone]))
     places = _list_sides(["\n    ".join([_text(side), *side.place]) for side in everyone])
     report = "\n".join(["ranks disagree on what comes next:", *places]).splitlines()

@@ -21,7 +21,7 @@ from zerompi.collectives.shared import SharedNode, open_node
 from zerompi.collectives.transport import Transport, choose
 from zerompi.collectives.waiting import has_spare_cores, nothing_left, wait_all
 from zerompi.errors import MismatchError, ZerompiError
-from zerompi.launch import raised_by_all
+from zerompi.launch import first_with, raised_by_all
 from zerompi.memory import HOST, DeviceArray, Flat
 from zerompi.topology import Topology
 from zerompi.traffic import INTER_GROUP, INTER_NODE, INTRA_NODE, Traffic
@@ -399,13 +399,11 @@ def _agree_on_arguments(
         if topology.num_groups > 1:
             layout += f" in groups {topology.group_of_node}"
     answers = comm.allgather((error, f"topology {layout}, algorithm {algorithm}"))
-    if error is not None:
-        first = next(rank for rank, (refusal, _) in enumerate(answers) if refusal is not None)
-        raise raised_by_all(ValueError(error), comm.rank, teller=first)
-    for rank, (refusal, _) in enumerate(answers):
-        if refusal is not None:
-            refused = MismatchError(f"rank {rank} refused the arguments of Group: {refusal}")
-            raise raised_by_all(refused, comm.rank, teller=rank)
+    first = first_with([refusal for refusal, _ in answers])
+    if first is not None:
+        told = f"rank {first} refused the arguments of Group: {answers[first][0]}"
+        refused = MismatchError(told) if error is None else ValueError(error)
+        raise raised_by_all(refused, comm.rank, teller=first)
     if len({text for _, text in answers}) > 1:
         raise disagreement(comm, answers[comm.rank][1])
 

@@ -24,6 +24,7 @@ from zerompi.collectives.buffer import allocate
 from zerompi.collectives.group import Group
 from zerompi.collectives.lane import on_any_memory
 from zerompi.collectives.node import Node
+from zerompi.collectives.pipeline import Chunk, overlapped
 from zerompi.collectives.reduce_scatter import reduce_blocks, staged_rows
 from zerompi.collectives.staging import chunk_numel
 from zerompi.collectives.summation import sum_in_order
@@ -285,14 +286,18 @@ def reduce_blocks_quantized(
     whole = 2 * packer.code.block
     chunk = max(1, min(_CHUNK_NUMEL, _STAGING_NUMEL // group.size) // whole) * whole
     steps = _steps(topology, group.rank, group.algorithm == "flat", node is not None)
-    for start in range(0, longest, chunk):
+
+    def reduced(start: int) -> Chunk:
+        target = out[start : start + chunk]
         parts = [[block[start : start + chunk] for block in row] for row in rows]
         if node is None:
             summands = {o: _scaled(part, scale) for o, part in enumerate(parts[0])}
         else:
             staging = node if peers is None else None
             summands = _sums_in_node(parts, staging, group, scale, label)
-        _sum_by_steps(summands, out[start : start + chunk], steps, group, packer, start, label)
+        return _sum_by_steps(summands, target, steps, group, packer, start, label)
+
+    overlapped(reduced(start) for start in range(0, longest, chunk))
     if node is not None and number is not None:
         node.fence.finish(number)
 
@@ -391,7 +396,7 @@ def _sum_by_steps(
     packer: Packer,
     start: int,
     label: str,
-) -> None:
+) -> Chunk:
     """Sum what the ranks have of one chunk of every block, exchange by exchange.
 
     Args:
@@ -403,12 +408,25 @@ def _sum_by_steps(
         start: where in its block the chunk begins.
         label: under which the bytes are counted.
     """
+    rank = group.rank
     numels = {owner: part.numel() for owner, part in summands.items()}
     packed = {owner: packer.pack(part, (0, owner, start)) for owner, part in summands.items()}
     for level, step in enumerate(steps, start=1):
-        received = _exchange(packed, step, group, label)
+        received = _received(packed, step, rank)
+        finish = group.start_exchange(
+            [(peer, packed[owner]) for owner, peer in step.collector.items() if peer != rank],
+            [
+                (source, part)
+                for owner, sources in step.sources.items()
+                for source, part in zip(sources, received[owner], strict=True)
+                if source != rank
+            ],
+            label,
+        )
+        yield
+        finish()
         if level == len(steps):
-            packer.code.total(received[group.rank], out)
+            packer.code.total(received[rank], out)
         else:
             packed = {
                 owner: packer.add(parts, numels[owner], (level, owner, start))
@@ -416,23 +434,9 @@ def _sum_by_steps(
             }
 
 
-def _exchange(
-    packed: Mapping[int, Flat], step: _Step, group: Group, label: str
-) -> dict[int, list[Flat]]:
-    """Send each packed summand to who collects it; return, by owner, all that this rank collects."""
-    rank = group.rank
-    received = {
+def _received(packed: Mapping[int, Flat], step: _Step, rank: int) -> dict[int, list[Flat]]:
+    """By owner, memory for all that this rank collects; the rank's own summand is in place."""
+    return {
         owner: [packed[owner] if s == rank else empty_like(packed[owner]) for s in sources]
         for owner, sources in step.sources.items()
     }
-    group.exchange(
-        [(peer, packed[owner]) for owner, peer in step.collector.items() if peer != rank],
-        [
-            (source, part)
-            for owner, sources in step.sources.items()
-            for source, part in zip(sources, received[owner], strict=True)
-            if source != rank
-        ],
-        label,
-    )
-    return received
