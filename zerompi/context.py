@@ -34,6 +34,7 @@ class Context:
         is_shared: whether the full parameters, while they are there, are there once for a node.
         nonfinite: what a step does whose gradient is not finite.
         refreshes_ahead: whether a unit waits for its refresh where it is used, not where it is stepped.
+        reshards_last: whether what a forward uses last is freed before its backward, and gathered again.
         attendance: which ranks take part, inside `join`.
     """
 
@@ -56,6 +57,7 @@ class Context:
     times: PhaseTimes = field(default_factory=PhaseTimes)
     nonfinite: NonFinite = "raise"
     refreshes_ahead: bool = False
+    reshards_last: bool = True
     attendance: Attendance = field(init=False)
 
     def __post_init__(self) -> None:

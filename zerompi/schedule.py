@@ -102,7 +102,8 @@ class _Order(NamedTuple):
 
     Attributes:
         units: each as often as it is unsharded.
-        released: the positions in `units` after which the unit was resharded in the forward.
+        released: the positions in `units` after which the unit was resharded in the forward; none
+            where nothing shall stay.
         stays: those of them after which it need not be, as it still lies there when it is used next.
         batches: what is gathered, in order, cut into units that are gathered together: as far as a slot
             holds them.
@@ -129,9 +130,9 @@ class Gathers:
     are small, of one depth and different. When the first unit of a batch is about to be used, the next
     batch is started. A pass that leaves the expected order goes on without.
 
-    What a forward uses last, backward uses first: a unit *stays*, hidden, if it is used again before
-    another batch of its depth. So of each depth there are never more than two batches, which is what its
-    slots hold: one in use or staying, and one that nobody uses yet.
+    What a forward uses last, backward uses first: unless the context `reshards_last`, a unit *stays*,
+    hidden, if it is used again before another batch of its depth. So of each depth there are never more
+    than two batches, which is what its slots hold: one in use or staying, and one that nobody uses yet.
 
     All ranks have gathered the same units in the same order (each gather makes sure of it), so they
     expect the same.
@@ -206,7 +207,7 @@ class Gathers:
         unit.reshard(stays=position in self._expected.stays)
         if unit.state is before or not unit.segments:
             return  # somebody holds it
-        if position is not None:
+        if position is not None and not self._context.reshards_last:
             self._released.add(position)
         for number in self._expected.begins.get(len(self._seen), ())[:1]:
             self._start(number)

@@ -3,8 +3,7 @@
     mpiexec -n 4 python traffic_by_stage.py
 
 Elements, the mean over ranks, in units of Psi (N - 1) / N: Psi parameters, N ranks. First as if every
-rank were a node; then on one node, whose ranks have one copy of the parameters together. What "stayed" between
-forward and backward is what stage 3 need not send a second time.
+rank were a node; then on one node, whose ranks have one copy of the parameters together.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import zerompi
 LABELS = ("all_reduce", "reduce_scatter", "refresh", "all_gather")
 
 
-def count(stage: int, comm: MPI.Intracomm, ranks_per_node: int) -> tuple[dict[str, float], float]:
-    """Elements that a rank sends in one step, by label, the mean over ranks; and how many stayed."""
+def count(stage: int, comm: MPI.Intracomm, ranks_per_node: int) -> dict[str, float]:
+    """Elements that a rank sends in one step, by label; the mean over ranks."""
     model = nn.Sequential(*[nn.Linear(61, 61) for _ in range(3)])
     optimizer = torch.optim.Adam(model.parameters())
     topology = zerompi.Topology(comm, ranks_per_node)
@@ -28,10 +27,9 @@ def count(stage: int, comm: MPI.Intracomm, ranks_per_node: int) -> tuple[dict[st
             model(torch.randn(4, 61)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        report = zero.report()
-    own = {label: sum(report.traffic.get(label, {}).values()) / 4 for label in LABELS}  # float32
-    sent = {label: comm.allreduce(numel) / comm.size for label, numel in own.items()}
-    return sent, report.spared / 4
+        traffic = zero.report().traffic
+    own = {label: sum(traffic.get(label, {}).values()) / 4 for label in LABELS}  # float32
+    return {label: comm.allreduce(numel) / comm.size for label, numel in own.items()}
 
 
 def main() -> None:
@@ -42,13 +40,12 @@ def main() -> None:
         if comm.rank == 0:
             print(f"{comm.size // ranks_per_node} nodes" if ranks_per_node == 1 else "1 node")
         for stage in range(4):
-            sent, stayed = count(stage, comm, ranks_per_node)
+            sent = count(stage, comm, ranks_per_node)
             if comm.rank == 0:
                 parts = " + ".join(
                     f"{label} {sent[label] / unit:.3f}" for label in LABELS if sent[label]
                 )
-                rest = f" ({stayed / psi:.3f} stayed)" if stayed else ""
-                print(f"stage {stage}: {sum(sent.values()) / unit:.3f} = {parts}{rest}", flush=True)
+                print(f"stage {stage}: {sum(sent.values()) / unit:.3f} = {parts}", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_traffic_by_stage_equals_the_theory(run_mpi, ranks):
         "stage 0: 2.000 = all_reduce 2.000",
         "stage 1: 2.000 = reduce_scatter 1.000 + refresh 1.000",
         "stage 2: 2.000 = reduce_scatter 1.000 + refresh 1.000",
-        "stage 3: 2.667 = reduce_scatter 1.000 + all_gather 1.667 (0.333 stayed)",
+        "stage 3: 3.000 = reduce_scatter 1.000 + all_gather 2.000",
         "1 node",
         "stage 0: 2.000 = all_reduce 2.000",
         "stage 1: 1.000 = reduce_scatter 1.000",

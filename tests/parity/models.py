@@ -166,22 +166,6 @@ CASES = {
 }
 
 
-def numel_of(model: nn.Module) -> int:
-    """How many elements all parameters have."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def gathered_numel(model: nn.Module) -> int:
-    """How many elements a forward and a backward gather at stage 3, once their order is known.
-
-    All for forward; for backward those that did not stay: of a model with blocks or layers, those before
-    the last one. The last two layers of an MLP are so small that they are gathered together.
-    """
-    again = {GPT: "blocks", MLP: "layers"}.get(type(model))
-    layers = model if again is None else model.get_submodule(again)
-    return numel_of(model) + numel_of(layers[:1] if isinstance(model, MLP) else layers[:-1])
-
-
 def two_groups(parameters: list[nn.Parameter]) -> list[dict[str, object]]:
     matrices = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]

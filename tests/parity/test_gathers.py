@@ -12,16 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import zerompi
-from models import (
-    CASES,
-    GPT,
-    Block,
-    assert_same_weights,
-    build,
-    gathered_numel,
-    numel_of,
-    own_slice,
-)
+from models import CASES, GPT, Block, assert_same_weights, build, own_slice
 from test_stages import assert_trains_alike
 from zerompi import place, schedule
 from zerompi.collectives import shared
@@ -133,11 +124,11 @@ def gpt_step(comm, model, optimizer, passes=1):
     optimizer.zero_grad()
 
 
-# How often elements are sent between nodes by all ranks together, times (nodes - 1), where L ranks are
-# on each node: those that are gathered, those that are reduced.
+# Elements sent between nodes per step by all ranks together, in units of Psi times (nodes - 1),
+# where L ranks are on each node: all-gathers, reduce-scatter.
 BETWEEN_NODES = {
-    "flat": lambda ranks: (ranks, ranks),  # every rank of the other node gets each block
-    "hierarchical": lambda ranks: (1, 1),
+    "flat": lambda ranks: (2 * ranks, ranks),  # every rank of the other node gets each block
+    "hierarchical": lambda ranks: (2, 1),
     "node_cache": lambda ranks: (1, 1),
     "shard_ranks": lambda ranks: (0, 2),  # an all-reduce between the copies
 }
@@ -159,22 +150,18 @@ def test_bytes_between_nodes_are_the_theory(comm, monkeypatch, memory, way, pass
     if way == "flat":  # every rank for itself; what crosses is told by who would be on which node
         topology = zerompi.Topology(comm, ranks_per_node=1)
     model, optimizer = build(CASES["gpt"])
-    numel, gathered = numel_of(model), passes * gathered_numel(model)
+    numel = sum(p.numel() for p in model.parameters())
     with zerompi.partition(model, optimizer, comm=comm, topology=topology, **options) as zero:
         for _ in range(3):
             gpt_step(comm, model, optimizer, passes)
         sent = counted(zero)
-        inside = zero.report().traffic.get("all_gather", {}).get("intra_node", 0)
-        shares = zero.num_copies < comm.size
     between = comm.allreduce(sent["inter_node"])
     gathers, reductions = BETWEEN_NODES[way](2)
-    elements = gathers * (numel if way == "node_cache" else gathered) + reductions * passes * numel
+    gathers *= passes if way != "node_cache" else 1
+    reductions *= passes
     if way == "flat":  # of a rank's three peers, two are on the other node
         between = between * 2 // 3
-    assert between == pytest.approx(4 * elements, abs=0)
-    if way in ("hierarchical", "node_cache"):
-        # Both nodes pass on, among their two ranks, what each of these has of it.
-        assert comm.allreduce(inside) == (0 if shares else 2 * 4 * gathered)
+    assert between == pytest.approx(4 * numel * (gathers + reductions), abs=0)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -192,16 +179,16 @@ def test_bytes_between_groups_of_nodes_are_the_theory(comm, stage):
         pytest.skip("needs 4 ranks")
     topology = zerompi.Topology.from_nodes([0, 1, 2, 3], [0, 0, 1, 1])
     model, optimizer = build(CASES["gpt"])
-    numel = numel_of(model)
-    parameters = {"all_gather": gathered_numel(model)} if stage == 3 else {"refresh": numel}
+    numel = sum(p.numel() for p in model.parameters())
     with zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology) as zero:
         for _ in range(2):
             gpt_step(comm, model, optimizer)
         traffic = zero.report().traffic
-    for label, count in {"reduce_scatter": numel, **parameters}.items():
+    times = {"reduce_scatter": 1, **({"all_gather": 2} if stage == 3 else {"refresh": 1})}
+    for label, count in times.items():
         sent = {level: comm.allreduce(nbytes) for level, nbytes in sorted(traffic[label].items())}
-        # Of two groups of two nodes: all of it crosses; each group then passes on all blocks.
-        assert sent == {"inter_group": 4 * count, "inter_node": 4 * 2 * count}
+        # Of two groups of two nodes: Psi crosses; each group then passes on all blocks: 2 Psi.
+        assert sent == {"inter_group": 4 * count * numel, "inter_node": 4 * count * 2 * numel}
 
 
 @pytest.mark.mpi(min_size=2)
@@ -222,8 +209,8 @@ def test_each_unit_is_gathered_ahead_once_its_order_is_known(comm, topology, mon
         gpt_step(comm, model, optimizer)
         assert not made  # unknown yet
         gpt_step(comm, model, optimizer)
-    # The root and three blocks in forward, the first two of these in backward.
-    assert made == [(1, True)] * 6
+    # The root and three blocks, in forward and in backward.
+    assert made == [(1, True)] * 8
 
 
 @pytest.mark.mpi(min_size=2)

@@ -13,7 +13,6 @@ from models import CASES, GPT, build, one_each, step
 from test_report import by_label
 from test_stages import partitioned_losses
 from zerompi import Quantize
-from zerompi.accounting import message_nbytes
 
 LAYOUTS = [[2, 2], [3, 1], [1, 1, 1, 1], [2, 1], [1, 1], [4], [2], [1]]
 FITTING = [
@@ -192,17 +191,16 @@ def test_bytes_between_nodes_are_those_of_the_paper(comm, monkeypatch, memory, o
             optimizer.step()
             optimizer.zero_grad()
         traffic = zero.report().traffic
-        sizes, stays = zero.message_nbytes, message_nbytes(zero._units[-1:]).parameters
+        sizes = zero.message_nbytes
     counted = [
         comm.allreduce(traffic[label]["inter_node"]) for label in ("all_gather", "reduce_scatter")
     ]
-    again = 0 if "node_cache" in options else sizes.parameters - stays
-    assert counted == [sizes.parameters + again, sizes.gradients]  # times (nodes - 1)
-    would_be = sum(counted) + (0 if "node_cache" in options else stays)
+    gathers = 1 if "node_cache" in options else 2
+    assert counted == [gathers * sizes.parameters, sizes.gradients]  # times (nodes - 1)
     # But for the last block of each shard.
-    assert would_be == pytest.approx(of_model * 2 * numel, rel=0.02)
+    assert sum(counted) == pytest.approx(of_model * 2 * numel, rel=0.02)
     exact = options.get("quantize") is None
-    assert (would_be == of_model * 2 * numel) == exact
+    assert (sum(counted) == of_model * 2 * numel) == exact
 
 
 def test_all_ranks_together_send_what_the_partition_says(comm):
@@ -213,12 +211,9 @@ def test_all_ranks_together_send_what_the_partition_says(comm):
         for _ in range(2):
             step(comm, CASES["gpt"], model, optimizer)
         traffic = by_label(zero.report().traffic)
-        sizes, spared = zero.message_nbytes, zero.report().spared
-        root, *_, last = zero._units
+        sizes = zero.message_nbytes
     times = comm.size - 1
-    assert spared == (message_nbytes([root, last]).parameters if times else 0)
-    gathered = 2 * sizes.parameters - spared
-    assert comm.allreduce(traffic.get("all_gather", 0)) == times * gathered
+    assert comm.allreduce(traffic.get("all_gather", 0)) == 2 * times * sizes.parameters
     assert comm.allreduce(traffic.get("reduce_scatter", 0)) == times * sizes.gradients
 
 

@@ -7,25 +7,18 @@ import torch
 from torch import nn
 
 import zerompi
-from models import CASES, build, gathered_numel, numel_of, one_each, own_slice
+from models import CASES, build, one_each, own_slice
 
 STAGES = [0, 1, 2, 3]
 
+# Sent elements in units of (N - 1) / N * Psi (arXiv:1910.02054, section 7).
+THEORY = {
+    0: {"all_reduce": 2},
+    1: {"reduce_scatter": 1, "refresh": 1},
+    2: {"reduce_scatter": 1, "refresh": 1},
+    3: {"all_gather": 2, "reduce_scatter": 1},
+}
 GRADIENTS = {"all_reduce", "reduce_scatter"}
-
-
-def theory(stage, model):
-    """Sent elements in units of (N - 1) / N (arXiv:1910.02054, section 7).
-
-    At stage 3 2 Psi are gathered, but for what stays from forward to backward.
-    """
-    psi = numel_of(model)
-    return {
-        0: {"all_reduce": 2 * psi},
-        1: {"reduce_scatter": psi, "refresh": psi},
-        2: {"reduce_scatter": psi, "refresh": psi},
-        3: {"all_gather": gathered_numel(model), "reduce_scatter": psi},
-    }[stage]
 
 
 def layout(comm, nodes):
@@ -33,10 +26,10 @@ def layout(comm, nodes):
     return one_each(comm) if nodes == "each" else zerompi.Topology(comm, ranks_per_node=comm.size)
 
 
-def moved(sizes, nodes, zero):
-    """What moves of the theory: where the ranks have one copy of the parameters, gradients only."""
+def moved(stage, nodes, zero):
+    """What moves of THEORY: where the ranks have one copy of the parameters, gradients only."""
     shared = nodes == "one" and zero.num_copies == 1
-    return {k: v for k, v in sizes.items() if not shared or k in GRADIENTS}
+    return {k: v for k, v in THEORY[stage].items() if not shared or k in GRADIENTS}
 
 
 def train(model, optimizer, loss, batch, steps=2):
@@ -56,16 +49,16 @@ def by_label(traffic):
 def test_each_rank_sends_exactly_what_theory_says(comm, stage, nodes):
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(5)])  # divides by 2, 3 and 4 ranks
-    sizes = theory(stage, model)
+    numel = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.Adam(model.parameters())
     topology = layout(comm, nodes)
     with zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology) as zero:
         batch = torch.randn(6, 12), torch.randn(6, 12)
         train(model, optimizer, nn.functional.mse_loss, batch)
         traffic = by_label(zero.report().traffic)
-        sizes = moved(sizes, nodes, zero)
+        theory = moved(stage, nodes, zero)
     n = comm.size
-    expected = {label: 4 * numel * (n - 1) // n for label, numel in sizes.items()}
+    expected = {label: times * 4 * numel * (n - 1) // n for label, times in theory.items()}
     assert traffic == ({} if n == 1 else expected)
 
 
@@ -77,16 +70,16 @@ def test_all_ranks_together_send_exactly_what_theory_says(comm, name, stage, nod
     """Of sizes that do not divide, ranks send a little more or less; padding never travels."""
     case = CASES[name]
     model, optimizer = build(case)
-    sizes = theory(stage, model)
+    numel = sum(p.numel() for p in model.parameters())
     topology = layout(comm, nodes)
     with zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology) as zero:
         train(model, optimizer, case.loss, own_slice(case.batch(0), comm.rank, comm.size))
         traffic = by_label(zero.report().traffic)
-        sizes = moved(sizes, nodes, zero)
+        theory = moved(stage, nodes, zero)
     n = comm.size
-    for label, numel in sizes.items():
-        assert comm.allreduce(traffic.get(label, 0)) == 4 * numel * (n - 1)
-    assert set(traffic) == (set() if n == 1 else set(sizes))
+    for label, times in theory.items():
+        assert comm.allreduce(traffic.get(label, 0)) == times * 4 * numel * (n - 1)
+    assert set(traffic) == (set() if n == 1 else set(theory))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -96,7 +89,7 @@ def test_levels_add_up_on_faked_nodes(comm, stage):
         pytest.skip("needs 4 ranks")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
-    sizes = theory(stage, model)
+    numel = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.Adam(model.parameters())
     topology = zerompi.Topology(comm, ranks_per_node=2)
     with zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology) as zero:
@@ -104,11 +97,11 @@ def test_levels_add_up_on_faked_nodes(comm, stage):
         train(model, optimizer, nn.functional.mse_loss, batch)
         traffic = zero.report().traffic
         has_node_copy = zero.num_copies == 2
-    for label, numel in sizes.items():
+    for label, times in THEORY[stage].items():
         # 2 nodes of 2: a quarter of Psi crosses per rank and phase instead of a half.
-        assert traffic[label]["inter_node"] == 4 * numel // 4
+        assert traffic[label]["inter_node"] == times * 4 * numel // 4
         shared = has_node_copy and label not in GRADIENTS
-        assert traffic[label].get("intra_node", 0) == (0 if shared else 4 * numel // 2)
+        assert traffic[label].get("intra_node", 0) == (0 if shared else times * 4 * numel // 2)
 
 
 @pytest.mark.mpi(min_size=2)
@@ -116,21 +109,19 @@ def test_levels_add_up_on_faked_nodes(comm, stage):
 def test_accumulation_saves_reductions_but_not_gathers(comm, stage):
     case = CASES["gpt"]
     model, optimizer = build(case)
-    numel, known = numel_of(model), gathered_numel(model)
+    numel = sum(p.numel() for p in model.parameters())
     x, y = own_slice(case.batch(0), comm.rank, comm.size)
     topology = one_each(comm)
     with zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology) as zero:
-        for gathered in (6 * numel, 3 * known):  # in the first step nothing is known yet
-            with zero.accumulate(3):
-                for _ in range(3):
-                    case.loss(model(x), y).backward()
-            optimizer.step()
-            traffic = by_label(zero.report().traffic)
-            sent = {label: comm.allreduce(nbytes) for label, nbytes in sorted(traffic.items())}
-            once = 4 * (comm.size - 1)
-            gathers = {"refresh": numel} if stage == 2 else {"all_gather": gathered}
-            expected = {"reduce_scatter": numel, **gathers}
-            assert sent == {label: elements * once for label, elements in expected.items()}
+        with zero.accumulate(3):
+            for _ in range(3):
+                case.loss(model(x), y).backward()
+        optimizer.step()
+        traffic = by_label(zero.report().traffic)
+    sent = {label: comm.allreduce(nbytes) for label, nbytes in sorted(traffic.items())}
+    once = 4 * numel * (comm.size - 1)
+    gathers = {"refresh": once} if stage == 2 else {"all_gather": 6 * once}
+    assert sent == {"reduce_scatter": once, **gathers}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -138,14 +129,14 @@ def test_frozen_parameters_send_no_gradients_and_are_not_refreshed(comm, stage):
     case = CASES["lora"]
     model, optimizer = build(case)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    times = {"all_reduce": 2} if stage == 0 else {"reduce_scatter": 1, "refresh": int(stage < 3)}
     topology = one_each(comm)
     with zerompi.partition(model, optimizer, stage=stage, comm=comm, topology=topology) as zero:
         train(model, optimizer, case.loss, own_slice(case.batch(0), comm.rank, comm.size))
         traffic = by_label(zero.report().traffic)
-    for label, count in times.items():
-        sent = comm.allreduce(traffic.get(label, 0))
-        assert sent == count * 4 * trainable * (comm.size - 1)
+    for label, times in THEORY[stage].items():
+        if label != "all_gather":
+            sent = comm.allreduce(traffic.get(label, 0))
+            assert sent == times * 4 * trainable * (comm.size - 1)
 
 
 @pytest.mark.parametrize("nodes", ["each", "one"])
