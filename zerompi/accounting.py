@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zerompi.collectives.quantized import Code
 from zerompi.context import Context
 from zerompi.report import ElementBytes, MemoryReport, zero_formula
-from zerompi.segment import Segment
 from zerompi.unit import Unit
 
 
@@ -37,19 +34,13 @@ def message_nbytes(units: Sequence[Unit]) -> MessageBytes:
 
     Of quantized ones, each shard is packed by itself, with its scales.
     """
-
-    def packed(segment: Segment, code: Code | None, dtype: torch.dtype) -> int:
-        if code is None:
-            return segment.layout.numel * dtype.itemsize
-        return sum(code.nbytes(shard.numel) for shard in segment.layout.shard_ranges)
-
     parameters = gradients = 0
     for unit in units:
         for segment in unit.segments:
-            parameters += packed(segment, segment.weight_code, segment.dtype)
+            parameters += segment.packed_nbytes(segment.weight_code, segment.dtype)
             if segment.trainable:
                 code = segment.gradients.packer.code if segment.gradients.packer else None
-                gradients += packed(segment, code, segment.gradients.dtype)
+                gradients += segment.packed_nbytes(code, segment.gradients.dtype)
     return MessageBytes(parameters, gradients)
 
 

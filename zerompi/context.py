@@ -29,10 +29,12 @@ class Context:
         windows: shared memory of the partition, to be freed with it.
         regions: where buckets lie.
         slots: where gathered parameters lie, for each depth at which units enclose each other.
-        ahead: what was gathered before anybody needed it.
+        ahead: what was gathered before anybody needed it, or has stayed until somebody needs it again.
+        spared_nbytes: of gathers in this step that were not needed, since the parameters had stayed.
         is_shared: whether the full parameters, while they are there, are there once for a node.
         nonfinite: what a step does whose gradient is not finite.
         refreshes_ahead: whether a unit waits for its refresh where it is used, not where it is stepped.
+        reshards_last: whether what a forward uses last is freed before its backward, and gathered again.
         attendance: which ranks take part, inside `join`.
     """
 
@@ -49,11 +51,13 @@ class Context:
     regions: list[Region] = field(default_factory=list)
     slots: list[list[Slot]] = field(default_factory=list)
     ahead: list[Settling] = field(default_factory=list)
+    spared_nbytes: int = 0
     is_shared: bool = False
     memory: MemoryLedger = field(default_factory=MemoryLedger)
     times: PhaseTimes = field(default_factory=PhaseTimes)
     nonfinite: NonFinite = "raise"
     refreshes_ahead: bool = False
+    reshards_last: bool = True
     attendance: Attendance = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +65,7 @@ class Context:
         self.attendance = Attendance(self.world)
 
     def settle(self) -> None:
-        """Let go of what was gathered ahead, and wait for all communication that was started."""
+        """Let go of what was gathered ahead or has stayed, and wait for all communication that was started."""
         while self.ahead:
             self.ahead.pop().settle()
         self.thread.drain()

@@ -49,8 +49,9 @@ class Gather:
     ) -> None:
         self.units = list(units)
         self._context = context
-        self._waiting = set(units)  # that have not been unsharded yet
+        self._waiting = set(units)  # that are not in use: not yet, or not now
         self._rest = set(units)  # that have not been resharded yet
+        self._stayed: set[Unit] = set()  # that were used, and are about to be used again
         self._own_nbytes = 0
         self._slot: Slot | None = None
         self._slot_number = self._take_slot(slot_number)
@@ -148,7 +149,10 @@ class Gather:
         What went wrong is raised, and nothing of this gather stays.
         """
         try:
-            if self._ticket is not None:
+            if unit in self._stayed:
+                self._stayed.remove(unit)
+                self._context.spared_nbytes += sum(s.gather_nbytes for s in unit.segments)
+            elif self._ticket is not None:
                 self._ticket.wait()
             else:
                 self._context.thread.run(self._run)
@@ -173,9 +177,23 @@ class Gather:
         if not self._waiting and self in self._context.ahead:
             self._context.ahead.remove(self)
 
+    def keep(self, unit: Unit) -> None:
+        """Note that `unit` needs its parameters again soon: until then they wait, as if gathered ahead.
+
+        Not in memory of their own, which nobody has planned for.
+        """
+        if self._slot is None:
+            self.release(unit)
+            return
+        self._stayed.add(unit)
+        self._waiting.add(unit)
+        if self not in self._context.ahead:
+            self._context.ahead.append(self)
+
     def release(self, unit: Unit) -> None:
         """Note that `unit` needs its parameters no more."""
         self._use(unit)
+        self._stayed.discard(unit)
         unit.gather = None
         for segment in unit.segments:
             segment.full = None

@@ -138,8 +138,11 @@ class Report:
             "intra_node" and "inter_node", and "inter_group" where the topology has groups of nodes.
         memory: bytes by category, now and at peak, and the formula of the ZeRO paper.
         time: seconds by phase in the last step.
+        spared: bytes of parameters, as messages have them, that were not gathered again in the last step at
+            stage 3, since they had stayed from forward to backward: 0 but with `reshard_last=False`.
     """
 
     traffic: Mapping[str, Mapping[str, int]]
     memory: MemoryReport
     time: Mapping[str, float]
+    spared: int = 0

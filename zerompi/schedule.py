@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from math import fsum
 from typing import NamedTuple
 
@@ -98,31 +98,41 @@ def _from_bits(bits: int) -> float:
 
 
 class _Order(NamedTuple):
-    """In which order units are gathered in one pass.
+    """In which order units are unsharded in one pass.
 
     Attributes:
-        units: each as often as it is gathered.
-        batches: the same, cut into those that are gathered together: as far as a slot holds them.
-        starts: position in the order -> the batch that starts there.
+        units: each as often as it is unsharded.
+        released: the positions in `units` after which the unit was resharded in the forward; none
+            where nothing shall stay.
+        stays: those of them after which it need not be, as it still lies there when it is used next.
+        batches: what is gathered, in order, cut into units that are gathered together: as far as a slot
+            holds them.
+        begins: position -> the batches that are gathered when it comes, by number: the one that begins
+            there, if any, and the next.
     """
 
     units: list[Unit]
+    released: Set[int]
+    stays: Set[int]
     batches: list[list[Unit]]
-    starts: dict[int, int]
+    begins: dict[int, tuple[int, ...]]
 
 
-_UNKNOWN = _Order([], [], {})
+_UNKNOWN = _Order([], frozenset(), frozenset(), [], {})
 
 
 class Gathers:
     """Gathers units ahead of their use, in the order in which they were used before.
 
     A *pass* begins with each forward of the model, and goes on until the next one. The order in which
-    units are gathered in it, forward and backward, is kept, and expected of the pass at the same place of the
+    units are unsharded in it, forward and backward, is kept, and expected of the pass at the same place of the
     next step. Units that follow each other form a batch, gathered together, as long as they
     are small, of one depth and different. When the first unit of a batch is about to be used, the next
-    batch is started: never more than one is there that nobody uses yet. A pass that leaves the expected
-    order goes on without.
+    batch is started. A pass that leaves the expected order goes on without.
+
+    What a forward uses last, backward uses first: unless the context `reshards_last`, a unit *stays*,
+    hidden, if it is used again before another batch of its depth. So of each depth there are never more
+    than two batches, which is what its slots hold: one in use or staying, and one that nobody uses yet.
 
     All ranks have gathered the same units in the same order (each gather makes sure of it), so they
     expect the same.
@@ -136,6 +146,8 @@ class Gathers:
         self._pass = (False, 0)
         self._expected = _UNKNOWN
         self._seen: list[Unit] = []
+        self._latest: dict[Unit, int] = {}  # where in `_seen` a unit is the last time
+        self._released: set[int] = set()
         self._count = 0  # passes since the last step
 
     def begin(self, *, with_grad: bool) -> None:
@@ -157,9 +169,10 @@ class Gathers:
 
     def _learn(self) -> None:
         self._context.settle()
-        if self._seen and self._seen != self._known.get(self._pass, _UNKNOWN).units:
-            self._known[self._pass] = _make_order(self._seen, self._context.slots)
-        self._seen = []
+        known = self._known.get(self._pass, _UNKNOWN)
+        if self._seen and (self._seen, self._released) != (known.units, known.released):
+            self._known[self._pass] = _make_order(self._seen, self._released, self._context.slots)
+        self._seen, self._latest, self._released = [], {}, set()
         self._expected = _UNKNOWN
 
     def unshard(self, unit: Unit) -> None:
@@ -172,30 +185,31 @@ class Gathers:
         if is_known and self._expected.units[position : position + 1] != [unit]:
             self._context.settle()
             self._expected = _UNKNOWN
-        number = self._expected.starts.get(position)
         try:
-            if number is not None:
+            for number in self._expected.begins.get(position, ()):
                 self._start(number)
-                self._start(number + 1)
             unit.unshard()
         except BaseException:
             self._expected = _UNKNOWN
             raise
+        self._latest[unit] = position
         self._seen.append(unit)
 
     def reshard(self, unit: Unit, *, expect_next: bool) -> None:
-        """Free the full parameters; gather them again if they come next, now that they are free.
+        """Free the full parameters, unless they stay; gather them again if they come next.
 
         Not with `expect_next` False: the forward has failed.
         """
         before = unit.state
-        unit.reshard()
         if not expect_next:
             self._expected = _UNKNOWN
+        position = self._latest.get(unit)
+        unit.reshard(stays=position in self._expected.stays)
         if unit.state is before or not unit.segments:
             return  # somebody holds it
-        number = self._expected.starts.get(len(self._seen))
-        if number is not None:
+        if position is not None and not self._context.reshards_last:
+            self._released.add(position)
+        for number in self._expected.begins.get(len(self._seen), ())[:1]:
             self._start(number)
 
     def _start(self, number: int) -> None:
@@ -206,26 +220,38 @@ class Gathers:
                 Gather(batch, self._context, ahead=True)
 
 
-def _make_order(units: list[Unit], slots: Sequence[Sequence[Slot]]) -> _Order:
+def _make_order(units: list[Unit], released: Set[int], slots: Sequence[Sequence[Slot]]) -> _Order:
+    stays: set[int] = set()
     batches: list[list[Unit]] = []
-    starts = {}
+    begins: dict[int, tuple[int, ...]] = {}
+    latest: dict[Unit, int] = {}  # where a unit is used last, so far
+    in_slot: dict[int, list[Unit]] = {}  # depth -> its last batch, so far
+    batch: list[Unit] = []  # that may grow
     nbytes = 0
     for position, unit in enumerate(units):
+        before = latest.get(unit)
+        latest[unit] = position
+        if before is not None and before in released and unit in in_slot[unit.depth]:
+            stays.add(before)
+            begins[position] = (len(batches),)
+            batch = []
+            continue
         fits = (
-            bool(batches)
+            bool(batch)
             and unit.slot is None
-            and unit.depth == batches[-1][0].depth
+            and unit.depth == batch[0].depth
             and nbytes + unit.slot_nbytes <= slots[unit.depth][0].nbytes
-            and unit not in batches[-1]
+            and unit not in batch
         )
         if fits:
-            batches[-1].append(unit)
+            batch.append(unit)
             nbytes += unit.slot_nbytes
         else:
-            starts[position] = len(batches)
-            batches.append([unit])
+            begins[position] = (len(batches), len(batches) + 1)
+            batch = in_slot[unit.depth] = [unit]
+            batches.append(batch)
             nbytes = unit.slot_nbytes
-    return _Order(units, batches, starts)
+    return _Order(units, released, stays, batches, begins)
 
 
 def _reordered(units: Sequence[Unit], seen: Iterable[Unit], context: Context) -> list[Unit]:

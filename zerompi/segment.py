@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zerompi.collectives.all_gather import gather_blocks, gather_node_copies
 from zerompi.collectives.broadcast import broadcast
+from zerompi.collectives.quantized import Code
 from zerompi.context import Context
 from zerompi.gradients import Gradients
 from zerompi.layout import FlatLayout, Range
@@ -103,6 +104,19 @@ class Segment:
     def full_nbytes(self) -> int:
         """Bytes of the full parameters."""
         return self.layout.padded_numel * self.dtype.itemsize
+
+    def packed_nbytes(self, code: Code | None, dtype: torch.dtype) -> int:
+        """Bytes of as many elements as messages have them: quantized, each shard by itself, or not."""
+        if code is None:
+            return self.layout.numel * dtype.itemsize
+        return sum(code.nbytes(shard.numel) for shard in self.layout.shard_ranges)
+
+    @property
+    def gather_nbytes(self) -> int:
+        """Bytes that a gather of the parameters would have to move now."""
+        if not self.is_cached:
+            return self.packed_nbytes(self.weight_code, self.dtype)
+        return 0 if self.secondary is None else self.packed_nbytes(None, self.dtype)
 
     @property
     def is_main_replicated(self) -> bool:

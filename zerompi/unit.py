@@ -138,13 +138,18 @@ class Unit:
                     "zero.gathered(writable=True)"
                 )
 
-    def reshard(self) -> None:
-        """Free the full parameters unless somebody still holds them."""
+    def reshard(self, *, stays: bool = False) -> None:
+        """Free the full parameters unless somebody still holds them.
+
+        With `stays` they are hidden only, and wait for their next use as if they were gathered ahead of it.
+        """
         if self.holds or self.is_resident or self.state is UnitState.SHARDED:
             return
         for segment in self.segments:
             segment.hide()
-        if self.gather is not None:
+        if stays and isinstance(self.gather, Gather):
+            self.gather.keep(self)
+        elif self.gather is not None:
             self.gather.release(self)
         self.state = UnitState.SHARDED
 

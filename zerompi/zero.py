@@ -68,6 +68,7 @@ class Zero:
         self._traffic_mark = context.world.traffic.snapshot()
         self._step_traffic: Mapping[str, Mapping[str, int]] = {}
         self._step_times: Mapping[str, float] = {}
+        self._step_spared = 0
         measure_parameters(self._units, context)
         self._optimizer.measure_states()
         atexit.register(self._at_exit)
@@ -364,6 +365,7 @@ class Zero:
             traffic=self._step_traffic,
             memory=memory_report(self._units, self._optimizer.optimizer, self._context),
             time=self._step_times,
+            spared=self._step_spared,
         )
 
     def _end_of_step(self) -> None:
@@ -375,6 +377,7 @@ class Zero:
         self._step_traffic = traffic.difference(self._traffic_mark)
         self._traffic_mark = traffic.snapshot()
         self._step_times = self._context.times.reset()
+        self._step_spared, self._context.spared_nbytes = self._context.spared_nbytes, 0
         self._checkpoints.background.poll()
 
     # -- end -----------------------------------------------------------------------------------

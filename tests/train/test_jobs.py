@@ -15,6 +15,7 @@ from mpi4py import MPI
 
 from harness.commands import CommandRun
 from harness.mpirun import MPIRun
+from zerompi.train.model import Block, GPTConfig
 
 Train = Callable[..., Any]
 
@@ -41,6 +42,20 @@ def test_a_job_trains_and_writes_what_it_measured(train: Train, changes: dict[st
     for words in ("validation loss", "unigram entropy", "tokens/s", "the model continues"):
         assert words in run.job.stdout
     assert run.job.stdout.count("steps of 128 tokens") == 1
+
+
+def test_the_theory_of_a_job_knows_what_stays(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", "0")
+    run = train(2, steps=3, eval_every=0, accumulate=2, no_reshard_last=True)
+    counted = {label: sum(levels.values()) for label, levels in run.summary["traffic"].items()}
+    del counted["header"]
+    assert counted == run.summary["traffic_theory"]
+    # Of two blocks and the rest, only the first block is gathered twice.
+    first = sum(p.numel() for p in Block(GPTConfig(layers=2, width=32, heads=2)).parameters())
+    gathered = run.summary["run"]["parameters"] + first
+    assert counted["all_gather"] == 2 * 4 * gathered / 2  # passes, bytes; one of two ranks
 
 
 @pytest.mark.slow

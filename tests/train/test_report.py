@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from zerompi.accounting import MessageBytes
 from zerompi.report import MemoryReport, Report
 from zerompi.train.display import LineDisplay, StepMetrics, make_display
 from zerompi.train.job import lr_factor
@@ -108,6 +109,20 @@ def test_theory_of_a_node_cache_gathers_once() -> None:
     assert shared == {"reduce_scatter": 3000, "all_gather": 1000}
     private = traffic_theory(1000, num_copies=4, passes=3, **same)
     assert private == {"reduce_scatter": 3000, "all_gather": 3000 + 5 * 2000}
+    spared = traffic_theory(1000, num_copies=4, passes=3, spared=400, **same)
+    assert spared == {"reduce_scatter": 3000, "all_gather": 3000 + 5 * 2000 - 200}
+
+
+def test_theory_of_what_stays_gathers_it_once() -> None:
+    same = {"stage": 3, "num_shards": 4, "num_replicas": 1, "param_nbytes": 4, "passes": 2}
+    private = traffic_theory(1000, num_copies=4, spared=800, **same)
+    assert private == {"reduce_scatter": 3000, "all_gather": (4 * 4000 - 800) * 3 / 4}
+    shared = traffic_theory(1000, num_copies=2, spared=800, **same)
+    assert shared == {"reduce_scatter": 3000, "all_gather": (4 * 4000 - 800) / 4}
+    quantized = traffic_theory(
+        1000, num_copies=4, spared=200, quantized=MessageBytes(1000, 4000), **same
+    )
+    assert quantized == {"reduce_scatter": 3000, "all_gather": (4 * 1000 - 200) * 3 / 4}
 
 
 def test_seconds_of_phases_are_means_over_the_steps_that_no_evaluation_preceded() -> None:

@@ -83,6 +83,11 @@ class TrainConfig:
         _ZERO,
         "At stage 3 a node keeps what it has gathered until the parameters change (hpZ).",
     )
+    reshard_last: bool = _option(
+        True,
+        _ZERO,
+        "At stage 3 free what a forward uses last, and gather it again for the backward.",
+    )
     quantize_weights: str | None = _option(
         None, _ZERO, "At stage 3, gather parameters quantized (qwZ): int8 or int4."
     )

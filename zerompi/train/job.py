@@ -184,6 +184,7 @@ def _partition(
         mixed_precision=mixed,
         shard_ranks=int(shard_ranks) if shard_ranks.isdigit() else shard_ranks,
         node_cache=config.node_cache,
+        reshard_last=config.reshard_last,
         quantize=_quantize(config),
         nonfinite=cast("NonFinite", config.nonfinite),
         device=device,

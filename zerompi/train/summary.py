@@ -29,6 +29,7 @@ class Meter:
         timed_steps: those of them that no evaluation preceded.
         phases: seconds of the timed steps by phase.
         traffic: of the last timed step.
+        spared: bytes of gathers that this step did not need.
     """
 
     seconds: float = 0.0
@@ -36,6 +37,7 @@ class Meter:
     timed_steps: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     traffic: Mapping[str, Mapping[str, int]] | None = None
+    spared: int = 0
 
     def add(self, report: Report, seconds: float, *, evaluated_before: bool) -> None:
         """Count one step; `evaluated_before`: forward passes of an evaluation preceded it."""
@@ -43,7 +45,7 @@ class Meter:
         self.seconds += seconds
         # The phases of an evaluation before the step are counted with the step's, its time is not.
         if not evaluated_before:
-            self.traffic = report.traffic
+            self.traffic, self.spared = report.traffic, report.spared
             self.timed_steps += 1
             rest = seconds - sum(report.time.values())
             for name, part in {_FORWARD_BACKWARD: rest, **report.time}.items():
@@ -88,12 +90,14 @@ def traffic_theory(
     passes: int,
     num_keepers: int = 0,
     quantized: MessageBytes | None = None,
+    spared: int = 0,
 ) -> dict[str, float]:
     """Bytes that a rank sends per step, the mean over ranks, by label.
 
     Rajbhandari et al., arXiv:1910.02054, section 7: 2 Psi elements at stages 0 to 2, 3 Psi at stage
     3, times (N - 1) / N; gradients travel as float32. At stage 3 the parameters travel twice in
-    each of the `passes` of a step. Ranks that share a node's copy get their parameters together:
+    each of the `passes` of a step, but for the `spared` bytes of those that stayed from forward to
+    backward. Ranks that share a node's copy get their parameters together:
     each shard goes to the other ones of `num_copies` only. With `node_cache` (hpZ, arXiv:2306.10209) they
     travel once in a step; the `num_keepers` ranks of a node that keep them in parts then gather them among
     themselves (0: nobody does, or they have one copy). Between replicas (MiCS, arXiv:2205.00119)
@@ -112,10 +116,12 @@ def traffic_theory(
     bytes_of = {"reduce_scatter": reduced / num_shards}
     gathered = parameters * (num_copies - 1) / num_shards
     if stage == 3 and gathered:
-        bytes_of["all_gather"] = 2 * passes * gathered
+        again = (2 * passes - 1) * parameters - spared
+        bytes_of["all_gather"] = gathered + again * (num_copies - 1) / num_shards
         if num_keepers:
-            own = param_nbytes * numel / num_keepers if num_copies == num_shards else 0
-            bytes_of["all_gather"] = gathered + (2 * passes - 1) * own * (num_keepers - 1)
+            again = (2 * passes - 1) * param_nbytes * numel - spared
+            own = again / num_keepers if num_copies == num_shards else 0
+            bytes_of["all_gather"] = gathered + own * (num_keepers - 1)
     elif gathered:
         bytes_of["refresh"] = gathered
     if num_replicas > 1:
@@ -178,6 +184,7 @@ def summarise(
             passes=config.accumulate,
             num_keepers=len(job.topology.ranks_of_node[0]) if config.node_cache else 0,
             quantized=job.zero.message_nbytes if config.is_quantized else None,
+            spared=meter.spared,
         ),
         memory=categories,
         peak_rss=max(rss for _, _, rss in everyone),
