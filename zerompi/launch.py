@@ -149,6 +149,7 @@ def prepare_environment() -> None:
 
 _PID = os.getpid()  # children made by fork inherit the hooks, but are no ranks
 _FORWARDING = 0.5  # seconds that a launcher may take to pass on what a rank wrote before it aborts
+_LAST_RESORT = 1.0  # seconds until a rank ends by itself whose MPI_Abort does not return
 _EXIT_GRACE = 1.0  # seconds in which ranks that all leave with a failure may end by themselves
 STOPPED_STATUS = (
     75  # EX_TEMPFAIL of sysexits.h: all ranks have agreed to stop, and will go on later
@@ -255,8 +256,8 @@ def abort(text: str, status: int = 1) -> NoReturn:
     """Write `text` to standard error and end all ranks of the job; does not return.
 
     The launcher gets time to pass the text on first: some drop what a rank wrote just before it
-    aborted. MPI_Abort itself may fail where no memory is left; then this process ends by itself,
-    and the launcher ends the others.
+    aborted. MPI_Abort itself may fail where no memory is left, or wait for ranks that are gone; then this
+    process ends by itself, and the launcher ends the others.
     """
     from mpi4py import MPI
 
@@ -264,6 +265,10 @@ def abort(text: str, status: int = 1) -> NoReturn:
     stderr = _real_stderr()
     stderr.write(text)
     stderr.flush()
+    with suppress(RuntimeError):  # no memory for a thread
+        last_resort = threading.Timer(_LAST_RESORT, _os_exit, [status])
+        last_resort.daemon = True
+        last_resort.start()
     for call in before_abort:
         with suppress(Exception):
             call()

@@ -32,11 +32,12 @@ _DEFAULT_TIMEOUT = 1800.0  # seconds
 _POLL = 0.5  # seconds between looks
 _ANSWER_TIME = 5.0  # seconds that the other ranks may take to tell where they are
 _DEATH_GRACE = 1.0  # seconds that the launcher gets to end the job, whose report is the better one
-_ABORT_GRACE = 2.0  # the same, where a rank has ended the job and said why
+_ABORT_GRACE = 1.0  # the same, where a rank has ended the job and said why
 _STOP_PATIENCE = (
     1.0  # seconds that a rank waits after SIGTERM before it asks whether others are there
 )
-_PING_TIME = 4.0  # seconds that these may be silent
+_PING_PERIOD = 1.0  # seconds between two questions
+_PING_TIME = 3.0  # seconds that an answer may take
 _LAST_RESORT = 30.0  # seconds after which a process whose end fails, too, ends by force
 _ASK, _ANSWER, _GOODBYE, _ENDING, _PING, _PONG = 1, 2, 3, 4, 5, 6
 
@@ -93,7 +94,8 @@ class Watch:
         following = firsts[(firsts.index(near[0]) + 1) % len(firsts)]
         # The rank of another node that this one asks; None if there is one nearer.
         self._far = following if self.rank == near[-1] and len(firsts) > 1 else None
-        self._pinged_at = math.inf  # not answered yet
+        self._ping: threading.Timer | None = None  # what happens if there is no answer
+        self._next_ping = -math.inf
         self._has_left = False
         self._died_at = math.inf
         self._ends_at = math.inf  # this process, as another rank has ended the job
@@ -131,7 +133,9 @@ class Watch:
             elif tag == _PING:
                 self._send(None, source, _PONG)
             elif tag == _PONG:
-                self._pinged_at = math.inf
+                if self._ping is not None:
+                    self._ping.cancel()
+                self._ping = None
             else:
                 self._ends_at = min(self._ends_at, time.monotonic() + _ABORT_GRACE)
 
@@ -145,9 +149,11 @@ class Watch:
             self._send(None, self._before, _GOODBYE)
 
     def say_ending(self) -> None:
-        """Let all ranks know that the job is being ended, and why has been said."""
-        for peer in range(self.size):
-            if self.can_talk and peer != self.rank:
+        """Let all ranks know that the job is being ended, and why has been said; those near this one first."""
+        own_space = self._pids[self.rank][0]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        for peer in sorted(others, key=lambda rank: self._pids[rank][0] != own_space):
+            if self.can_talk:
                 self._send(None, peer, _ENDING)
 
     def note_death(self) -> None:
@@ -179,23 +185,34 @@ class Watch:
             1,
         )
 
-    def end_if_silent(self) -> None:
-        """Ask the rank of the next node whether it is there; end the job if it has not answered in time."""
+    def ask_far(self) -> None:
+        """Ask the rank of the next node whether it is there; end the job if no answer comes in time.
+
+        What happens then waits on a thread of its own: a message to a node that is gone may never return.
+        """
         now = time.monotonic()
-        if self._far is None or not self.can_talk or self._ends_at < math.inf:
+        if (
+            self._far is None
+            or self._ping is not None
+            or now < self._next_ping
+            or not self.can_talk
+        ):
             return
-        if self._pinged_at == math.inf:
-            self._pinged_at = now
-            self._send(None, self._far, _PING)
-        elif now >= self._pinged_at + _PING_TIME:
-            launch.end_job(
-                [
-                    f"asked to stop by SIGTERM, and rank {self._far} does not answer: taken for "
-                    "dead, with other ranks of its node perhaps",
-                    f"this rank: {progress.step} steps done, {progress.phase}; ending the job",
-                ],
-                1,
-            )
+        self._next_ping = now + _PING_PERIOD
+        self._ping = threading.Timer(_PING_TIME, self._end_as_far_is_silent)
+        self._ping.daemon = True
+        self._ping.start()
+        self._send(None, self._far, _PING)
+
+    def _end_as_far_is_silent(self) -> None:
+        launch.end_job(
+            [
+                f"asked to stop by SIGTERM, and rank {self._far} does not answer: taken for "
+                "dead, with other ranks of its node perhaps",
+                f"this rank: {progress.step} steps done, {progress.phase}; ending the job",
+            ],
+            1,
+        )
 
     def report_hang(self, wait: Wait, seconds: float) -> NoReturn:
         """Ask the others where they are, say so, and end the job; if several ask, the lowest reports."""
@@ -300,7 +317,7 @@ class _Watchdog:
         stop = progress.terminated_at
         if stop is not None and now >= max(stop, found[0]) + _STOP_PATIENCE:
             for watch in list(self._watches):
-                watch.end_if_silent()
+                watch.ask_far()
         seconds = now - found[0]
         if seconds < self._allowed:
             return

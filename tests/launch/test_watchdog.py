@@ -171,7 +171,7 @@ def test_after_sigterm_a_rank_of_another_node_that_is_silent_ends_the_job(comm, 
     monkeypatch.setattr(activity.progress, "terminated_at", time.monotonic())
     watch = Watch(comm)
     with Wait("the others"):
-        time.sleep(watchdog._STOP_PATIENCE + watchdog._PING_TIME + 2)
+        time.sleep(watchdog._STOP_PATIENCE + watchdog._PING_PERIOD + watchdog._PING_TIME + 1)
     assert not said  # all answer
     comm.Barrier()
     if comm.rank == 1:
