@@ -33,9 +33,7 @@ _POLL = 0.5  # seconds between looks
 _ANSWER_TIME = 5.0  # seconds that the other ranks may take to tell where they are
 _DEATH_GRACE = 1.0  # seconds that the launcher gets to end the job, whose report is the better one
 _ABORT_GRACE = 1.0  # the same, where a rank has ended the job and said why
-_STOP_PATIENCE = (
-    1.0  # seconds that a rank waits after SIGTERM before it asks whether others are there
-)
+_STOP_PATIENCE = 1.0  # seconds of a wait after SIGTERM until a rank asks whether others are there
 _PING_PERIOD = 1.0  # seconds between two questions
 _PING_TIME = 3.0  # seconds that an answer may take
 _LAST_RESORT = 30.0  # seconds after which a process whose end fails, too, ends by force
@@ -96,6 +94,7 @@ class Watch:
         self._far = following if self.rank == near[-1] and len(firsts) > 1 else None
         self._ping: threading.Timer | None = None  # what happens if there is no answer
         self._next_ping = -math.inf
+        self._is_closing = False
         self._has_left = False
         self._died_at = math.inf
         self._ends_at = math.inf  # this process, as another rank has ended the job
@@ -108,10 +107,21 @@ class Watch:
 
     def close(self) -> None:
         """End the watch. Collective."""
-        _watchdog().remove(self)
+        _watchdog().retire(self)
         with Wait("end of a group"):
-            self.comm.Barrier()  # whoever ends after it is not watched any more
+            self.comm.Barrier()  # until then others are answered
+        _watchdog().remove(self)
         self.comm.Free()
+
+    def retire(self) -> None:
+        """Have no eye on others any more: they may end when they like."""
+        self._is_closing = True
+        self._forget_ping()
+
+    def _forget_ping(self) -> None:
+        if self._ping is not None:
+            self._ping.cancel()
+        self._ping = None
 
     # -- of the watchdog's thread --------------------------------------------------------------
 
@@ -133,9 +143,7 @@ class Watch:
             elif tag == _PING:
                 self._send(None, source, _PONG)
             elif tag == _PONG:
-                if self._ping is not None:
-                    self._ping.cancel()
-                self._ping = None
+                self._forget_ping()
             else:
                 self._ends_at = min(self._ends_at, time.monotonic() + _ABORT_GRACE)
 
@@ -173,7 +181,7 @@ class Watch:
         """End the job if the next rank is gone, did not say goodbye, and the launcher does nothing."""
         if time.monotonic() < self._died_at + _DEATH_GRACE or self._has_left or not self.can_talk:
             return
-        if self._ends_at < math.inf:
+        if self._is_closing or self._ends_at < math.inf:
             return  # that is why it is gone
         pid = self._pids[self._next][1]
         launch.end_job(
@@ -193,6 +201,7 @@ class Watch:
         now = time.monotonic()
         if (
             self._far is None
+            or self._is_closing
             or self._ping is not None
             or now < self._next_ping
             or not self.can_talk
@@ -265,6 +274,10 @@ class _Watchdog:
             self._watches.add(watch)
         os.write(self.bell, b"\0")
 
+    def retire(self, watch: Watch) -> None:
+        with self._lock:
+            watch.retire()
+
     def remove(self, watch: Watch) -> None:
         with self._lock:
             self._watches.discard(watch)
@@ -278,6 +291,7 @@ class _Watchdog:
         os.write(self.bell, b"\0")
         self._thread.join()
         for watch in list(self._watches):
+            watch.retire()
             watch.say_goodbye()
 
     def _say_ending(self) -> None:

@@ -186,6 +186,22 @@ def test_after_sigterm_a_rank_of_another_node_that_is_silent_ends_the_job(comm, 
     watch.close()
 
 
+def test_a_question_that_is_open_when_a_group_ends_ends_nothing(comm, monkeypatch):
+    if comm.size == 1:
+        pytest.skip("needs another rank")
+    said = []
+    monkeypatch.setattr(launch, "end_job", lambda lines, status: said.append(lines[0]))
+    monkeypatch.setattr(watchdog, "_namespace", os.getpid)  # each rank on a node of its own
+    watch = Watch(comm)
+    watch.read = lambda: None  # so that nobody answers
+    watch.ask_far()
+    assert watch._ping is not None
+    comm.Barrier()
+    watch.close()
+    time.sleep(watchdog._PING_TIME + 1)
+    assert not said
+
+
 def test_ranks_that_hear_of_the_end_of_the_job_leave_by_themselves(comm, monkeypatch):
     if comm.size == 1:
         pytest.skip("needs another rank")
