@@ -212,16 +212,19 @@ def _share_heap() -> None:
         mallopt(_M_ARENA_MAX, 1)
 
 
-@cache
 def _is_possible() -> bool:
-    """Whether a thread may communicate beside the caller's; said once if not."""
-    if os.environ.get(_SWITCH, "1") == "0":
-        return False
-    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-        if MPI.COMM_WORLD.rank == 0:
-            _log.warning(
-                "communication does not overlap with computation: the MPI library was initialised "
-                "without MPI_THREAD_MULTIPLE"
-            )
-        return False
-    return True
+    """Whether a thread may communicate beside the caller's."""
+    return os.environ.get(_SWITCH, "1") != "0" and _may_call_mpi()
+
+
+@cache
+def _may_call_mpi() -> bool:
+    """Whether MPI lets several threads call it; said once if not."""
+    if MPI.Query_thread() >= MPI.THREAD_MULTIPLE:
+        return True
+    if MPI.COMM_WORLD.rank == 0:
+        _log.warning(
+            "communication does not overlap with computation: the MPI library was initialised "
+            "without MPI_THREAD_MULTIPLE"
+        )
+    return False

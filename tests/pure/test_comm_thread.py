@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from mpi4py import MPI
 
 from zerompi.comm_thread import CommThread
 
@@ -14,6 +15,16 @@ def thread(request):
     made = CommThread(is_wanted=request.param)
     yield made
     made.close()
+
+
+def test_the_switch_counts_for_each_thread_anew(monkeypatch):
+    overlaps = []
+    for value in ("0", "1", "0"):
+        monkeypatch.setenv("ZEROMPI_COMM_THREAD", value)
+        thread = CommThread(is_wanted=True)
+        overlaps.append(thread.overlaps)
+        thread.close()
+    assert overlaps == [False, MPI.Query_thread() >= MPI.THREAD_MULTIPLE, False]
 
 
 def test_work_is_done_in_the_order_of_submission(thread):
