@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from mpi4py import MPI
 
+from harness import warm
+
 ROOT = Path(__file__).parents[2]
 _LAUNCHER_PREFIXES = (
     "HYDI_",
@@ -54,10 +56,13 @@ class MPIRun(NamedTuple):
     ) -> MPIRun:
         """Run `python ARGUMENTS` on `ranks` ranks and wait; a job that exceeds `timeout` is killed.
 
+        The ranks are forks of a process that has imported torch (harness/warm.py).
+
         Raises:
             TimeoutError: with all that the job had written.
         """
-        command = [*launcher(ranks), sys.executable, *map(str, arguments)]
+        program = warm.program(list(map(str, arguments)), {**clean_environment(), **(env or {})})
+        command = [*launcher(ranks), *program]
         return cls.run_command(command, timeout=timeout, env=env, cwd=cwd)
 
     @classmethod
