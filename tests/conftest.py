@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ hypothesis.settings.load_profile("ranks")
 # Models of tests are so small that all their blocks would go the flat way.
 os.environ.setdefault("ZEROMPI_ALGORITHM", "hierarchical")
 
+# Tests there communicate with nobody, or start jobs of their own.
+_ON_ONE_RANK = frozenset({"docs", "harness", "jobscripts", "kernels", "pure"})
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,12 +47,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="1/1", help="run the K-th of N parts of the tests: K/N")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Collections of garbage by tests need not look at all that was imported, also by the first optimizer."""
+    import torch._dynamo  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out cases (harness/cover.py) and the tests of other parts; all ranks alike."""
+    """Leave out cases (harness/cover.py), what needs no ranks, and the tests of other parts; all ranks alike."""
     library, size = MPI.get_vendor()[0], MPI.COMM_WORLD.size
     way = os.environ.get("ZEROMPI_DEVICE_TRANSPORT") if ON_DEVICE else "host"
     left_out = cases_left_out(items, f"{library}, {size} ranks, {way}")  # other ones elsewhere
     number, count = map(int, config.getoption("--part").split("/"))
+    if size > 1:
+        left_out |= {item for item in items if item.path.parent.name in _ON_ONE_RANK}
     parts: list[list[pytest.Item]] = [[] for _ in range(count)]
     for item in items:  # not by position, which goes with the stage
         if item not in left_out:
