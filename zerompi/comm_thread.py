@@ -105,6 +105,8 @@ class CommThread:
         self._is_closed = False
         self._is_busy = False
         self._afterwards: list[Callable[[], None]] = []
+        self._ended = Ticket(lambda: None, self._forget_error, None)  # of what the caller has done
+        self._ended.end(None)
         if is_wanted and _is_possible():
             _share_heap()
             self._thread = threading.Thread(target=self._loop, name=COMM_THREAD, daemon=True)
@@ -118,10 +120,8 @@ class CommThread:
     def submit(self, work: Callable[[], None]) -> Ticket:
         """Queue `work`; it is done after everything that was submitted before."""
         if self._thread is None:
-            ticket = Ticket(work, self._forget_error, None)
             work()
-            ticket.end(None)
-            return ticket
+            return self._ended
         ticket = Ticket(work, self._forget_error, device.hand_over())
         with self._changed:
             if self._is_closed:
