@@ -31,6 +31,7 @@ class Segment:
     Attributes:
         full: flat parameters, (padded_numel,), parameter dtype: one for all ranks of the node, or
             this rank's own. Where parameters are sharded, None between uses.
+        owned: per parameter, which part of it lies in `shard`.
         is_node_copy: whether `full` is there always, once for all ranks of the node.
         secondary: with `node_cache` and without shared memory, this rank's part of what its node
             keeps of `full`; else None.
@@ -55,6 +56,7 @@ class Segment:
         self.layout = FlatLayout([p.shape for p in self.parameters], group.size)
         self.shard_index = group.topology.shard_index(group.rank)
         self.own = self.layout.shard_ranges[self.shard_index]
+        self.owned = [self.layout.piece(i, self.shard_index) for i in range(len(members))]
 
         self.is_mixed = precision.param_dtype is not None and first.is_floating_point()
         self.dtype = precision.param_dtype or first.dtype if self.is_mixed else first.dtype
@@ -142,9 +144,8 @@ class Segment:
     def part(self, flat: Tensor, index: int) -> Tensor:
         """The view of parameter `index` in a tensor placed like the optimizer states."""
         if self.is_main_replicated:
-            start, stop = self.layout.parameter_ranges[index]
-            return flat[start:stop].view(self.layout.shapes[index])
-        start, stop = self.layout.piece(index, self.shard_index).in_shard
+            return self.view(flat, index)
+        start, stop = self.owned[index].in_shard
         return flat[start:stop]
 
     def view(self, flat: Tensor, index: int) -> Tensor:
@@ -211,7 +212,7 @@ class Segment:
 
     def own_values(self, index: int) -> tuple[Range, Tensor]:
         """The part of parameter `index` that this rank answers for: its range and main weights."""
-        piece = self.layout.piece(index, self.shard_index)
+        piece = self.owned[index]
         if self.is_main_replicated:
             return piece.in_parameter, self.main[piece.in_flat.start : piece.in_flat.stop]
         return piece.in_parameter, self.main[piece.in_shard.start : piece.in_shard.stop]
@@ -355,5 +356,5 @@ class Segment:
         """This rank's part of an elementwise optimizer state of parameter `index`."""
         if self.is_main_replicated:
             return value
-        start, stop = self.layout.piece(index, self.shard_index).in_parameter
+        start, stop = self.owned[index].in_parameter
         return value.reshape(-1)[start:stop].clone()

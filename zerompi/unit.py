@@ -143,7 +143,7 @@ class Unit:
 
         With `stays` they are hidden only, and wait for their next use as if they were gathered ahead of it.
         """
-        if self.holds or self.is_resident or self.state is UnitState.SHARDED:
+        if self.state is UnitState.SHARDED or self.holds or self.is_resident:
             return
         for segment in self.segments:
             segment.hide()
@@ -206,7 +206,7 @@ class Unit:
         self.context.attendance.announce(what, "reduce", self.name)
         with self.context.times.phase("reduce"):
             scale = make_scale()
-            used, in_place = self._used_anywhere(readable)
+            used, in_place = self._used_anywhere(what, readable)
             start = 0
             for gradients in self.gradients:
                 part = used[start : start + len(gradients.present)]
@@ -229,8 +229,8 @@ class Unit:
                 if gradients.region is not None:
                     gradients.region.release(self, was_read=was_read)
 
-    def _used_anywhere(self, readable: bool) -> tuple[list[bool], bool]:
-        """For each trainable parameter, whether any rank has a gradient for it.
+    def _used_anywhere(self, what: str, readable: bool) -> tuple[list[bool], bool]:
+        """For each trainable parameter, whether any rank has a gradient for it; `what` comes next.
 
         And whether the ranks of every node can read each other's buckets, if `readable` tells that
         of this one's.
@@ -242,8 +242,7 @@ class Unit:
             flags = sum(1 << bit for bit, flag in enumerate(part) if flag)
             union = 0
             for others in self.context.world.agree(
-                f"reduction of the gradients of {self.name}",
-                flags if readable else flags | _UNREADABLE,
+                what, flags if readable else flags | _UNREADABLE
             ):
                 union |= others
             readable = not union & _UNREADABLE
