@@ -17,7 +17,7 @@ from zerompi.collectives.quantized import Code
 from zerompi.context import Context
 from zerompi.gradients import Gradients
 from zerompi.layout import FlatLayout, Range
-from zerompi.placeholder import placeholder
+from zerompi.placeholder import Placeholder, placeholder
 from zerompi.placement import Placement
 
 
@@ -83,6 +83,8 @@ class Segment:
             self.shard = self.full[base : base + self.layout.shard_numel]
         else:
             self.shard = group.allocate(self.layout.shard_numel, self.dtype)
+        device = self.shard.device
+        self._placeholders = [Placeholder(p, self.dtype, device) for p in self.parameters]
         self.main = self._make_main(stage.optimizer_state)
         self.pieces = [
             nn.Parameter(self.part(self.main, i), requires_grad=self.trainable)
@@ -297,8 +299,8 @@ class Segment:
 
     def hide(self) -> None:
         """Leave placeholders where the parameters' values were."""
-        for parameter in self.parameters:
-            parameter.data = placeholder(parameter, self.dtype)
+        for parameter, hidden in zip(self.parameters, self._placeholders, strict=True):
+            parameter.data = hidden.fresh()
 
     @property
     def refresh_gathers(self) -> bool:
