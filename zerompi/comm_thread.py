@@ -84,6 +84,21 @@ class Ticket:
         self._done.set()
 
 
+class _Done(Ticket):
+    """Of work that the caller has done itself: there is nothing to wait for."""
+
+    is_done = True
+
+    def __init__(self) -> None:
+        self.error = None
+
+    def abandon(self) -> None:
+        pass
+
+
+_DONE = _Done()
+
+
 class CommThread:
     """Does the collectives of one partition, in the order in which they are submitted.
 
@@ -105,8 +120,6 @@ class CommThread:
         self._is_closed = False
         self._is_busy = False
         self._afterwards: list[Callable[[], None]] = []
-        self._ended = Ticket(lambda: None, self._forget_error, None)  # of what the caller has done
-        self._ended.end(None)
         if is_wanted and _is_possible():
             _share_heap()
             self._thread = threading.Thread(target=self._loop, name=COMM_THREAD, daemon=True)
@@ -121,7 +134,7 @@ class CommThread:
         """Queue `work`; it is done after everything that was submitted before."""
         if self._thread is None:
             work()
-            return self._ended
+            return _DONE
         ticket = Ticket(work, self._forget_error, device.hand_over())
         with self._changed:
             if self._is_closed:
