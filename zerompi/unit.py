@@ -38,6 +38,7 @@ class Unit:
     Attributes:
         members: the modules, with their names.
         modules: the same without.
+        is_resident: whether the full parameters are always there.
         holds: how many callers need the full parameters now (a running forward, `gathered`, a kept
             graph of a double backward); `reshard` does nothing before it is zero.
         gradients: of the segments that are trained.
@@ -73,13 +74,9 @@ class Unit:
         """Take memory for the parameters of each segment; see `Segment.allocate`."""
         for segment, node_copy in zip(self.segments, node_copies, strict=True):
             segment.allocate(node_copy)
+        self.is_resident = all(segment.is_resident for segment in self.segments)
         if not self.is_resident:
             self.state = UnitState.SHARDED
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether the full parameters are always there."""
-        return all(segment.is_resident for segment in self.segments)
 
     def unshard(self) -> None:
         """Make the full parameters visible. Collective over the world unless they are already."""
