@@ -49,7 +49,7 @@ class ModuleBuffers:
         return [
             index
             for index, (module, seen) in enumerate(self._owners)
-            if not _unchanged(_buffers_of(module), seen)
+            if (module._buffers or seen) and not _unchanged(_buffers_of(module), seen)
         ]
 
     def broadcast(self, chosen: Sequence[int]) -> None:

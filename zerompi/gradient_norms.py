@@ -6,6 +6,7 @@ that follow each other in memory are taken together, and the host waits once for
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Iterable, Sequence
 
@@ -69,8 +70,8 @@ def continues(first: Tensor, second: Tensor) -> bool:
 
 def is_finite(gradient: Tensor) -> bool:
     """Whether all elements are; a sum tells it in one pass, unless it overflows itself."""
-    total = gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32))
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(gradient).all())
+    total = gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)).item()
+    return cmath.isfinite(total) or bool(torch.isfinite(gradient).all())
 
 
 def norm(gradient: Tensor, norm_type: float) -> float:

@@ -291,8 +291,8 @@ class Gradients:
     @property
     def nbytes(self) -> int:
         """Bytes that hold gradients for longer than a moment."""
-        held = [buffer for buffer in (self.home,) if buffer is not None]
-        if self.bucket is not None and self._context.stage.gradient is Placement.REPLICATE:
+        held = [] if self.home is None else [self.home]
+        if self._context.stage.gradient is Placement.REPLICATE and self.bucket is not None:
             held.append(self.bucket)
         return sum(buffer.nbytes for buffer in {id(buffer): buffer for buffer in held}.values())
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ from zerompi.buffers import ModuleBuffers
 from zerompi.context import Context
 from zerompi.errors import ZerompiError
 from zerompi.forwards import Forwards
-from zerompi.nested import iter_tensors, map_arguments, map_tensors
+from zerompi.nested import map_arguments, map_tensors
 from zerompi.precision import LossScaler
 from zerompi.saved import SavedParameters
 from zerompi.schedule import Accumulation, Gathers, Reductions, Refreshes
@@ -45,6 +46,22 @@ _MAX_IDLE = 4
 def in_backward() -> bool:
     """Whether the calling thread runs a backward pass (a recomputed forward is in one)."""
     return torch._C._current_graph_task_id() != -1
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """The backward of one forward of a module: over when no gradient of its inputs is missing.
+
+    Attributes:
+        unit, module: whose backward it is.
+        missing: how many gradients are still to come.
+        is_recomputed: whether another graph of the same forward counts.
+    """
+
+    unit: Unit
+    module: nn.Module
+    missing: int
+    is_recomputed: bool
 
 
 class Hooks:
@@ -227,27 +244,29 @@ class Hooks:
 
     def _await_backward(self, unit: Unit, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         """Notice when the gradients of a forward's inputs have come: its backward is over then."""
+        if not inputs:
+            return
         forwards = self._forwards[unit]
         # The graph that counts has hooks.
         is_recomputed = in_backward() and forwards.is_open(module)
-        if inputs and not is_recomputed:
+        if not is_recomputed:
             forwards.opened(module)
-        missing = len(inputs)
-
-        def on_gradient(gradient: Tensor) -> None:
-            nonlocal missing
-            missing -= 1
-            if forwards.returns(module):
-                self._idle.pop(unit, None)
-                unit.reshard()
-            else:
-                self._idle[unit] = None
-            if missing == 0 and not is_recomputed:
-                forwards.closed(module)
-                self._after_backward(unit)
-
+        awaited = _Awaited(unit, module, len(inputs), is_recomputed)
         for tensor in inputs:
-            tensor.register_hook(on_gradient)
+            tensor.register_hook(partial(self._on_input_gradient, awaited))
+
+    def _on_input_gradient(self, awaited: _Awaited, gradient: Tensor) -> None:
+        unit, module = awaited.unit, awaited.module
+        forwards = self._forwards[unit]
+        awaited.missing -= 1
+        if forwards.returns(module):
+            self._idle.pop(unit, None)
+            unit.reshard()
+        else:
+            self._idle[unit] = None
+        if awaited.missing == 0 and not awaited.is_recomputed:
+            forwards.closed(module)
+            self._after_backward(unit)
 
     def _after_forward(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any
@@ -258,18 +277,22 @@ class Hooks:
         if forwards.running.pop():
             self._saved[unit].pop()
         unit.holds -= 1
-        if self._sharded and output is not None:
-            output = map_tensors(partial(_own_memory, unit), output)
-            if torch.is_grad_enabled():
-                for tensor in iter_tensors(output):
-                    if tensor.requires_grad:
-                        tensor.register_hook(partial(self._before_backward, unit))
+        if self._sharded:
+            output = map_tensors(partial(self._leave, unit), output)
         if not in_backward():
             if forwards.end(module) or output is None:
                 self.gathers.reshard(unit, expect_next=output is not None)
             elif not unit.is_resident:
                 self._idle[unit] = None
         return output
+
+    def _leave(self, unit: Unit, tensor: Tensor) -> Tensor:
+        """What a unit returns: in memory of its own, as its parameters are about to be freed."""
+        if any(segment.covers(tensor) for segment in unit.segments):
+            tensor = tensor.clone()
+        if tensor.requires_grad and torch.is_grad_enabled():
+            tensor.register_hook(partial(self._before_backward, unit))
+        return tensor
 
     def _before_model(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -326,12 +349,14 @@ class Hooks:
         if self._end_is_queued:
             self._end_is_queued = False
             self.discard_gradients()
-        for name, parameter in self.model.named_parameters():
-            if id(parameter) not in self._owner:
-                raise ZerompiError(
-                    f"{name} was not in the model when it was partitioned: change the model before "
-                    "zerompi.partition"
-                )
+        own = (p for m in self.model.modules() for p in m._parameters.values() if p is not None)
+        strange = next((p for p in own if id(p) not in self._owner), None)
+        if strange is not None:
+            names = (name for name, p in self.model.named_parameters() if p is strange)
+            raise ZerompiError(
+                f"{next(names)} was not in the model when it was partitioned: change the model before "
+                "zerompi.partition"
+            )
         for unit in self.units:
             for segment in unit.segments:
                 if not segment.trainable and any(p.requires_grad for p in segment.parameters):
@@ -357,7 +382,8 @@ class Hooks:
         self._is_scaled = True
         return None if self.scaler is None else gradient * self.scaler.scale
 
-    def _before_backward(self, unit: Unit, gradient: Tensor) -> None:
+    def _before_backward(self, unit: Unit, gradient: Tensor | None = None) -> None:
+        """The backward of a module begins, or goes on."""
         self._queue_end()
         self._unshard(unit)
         self._keep(unit)
@@ -371,10 +397,9 @@ class Hooks:
     def _before_use(self, unit: Unit) -> None:
         """A saved parameter is needed: in a backward pass, or because somebody looks at the graph."""
         if in_backward():
-            self._queue_end()
-        self._unshard(unit)
-        if in_backward():
-            self._keep(unit)
+            self._before_backward(unit)
+        else:
+            self._unshard(unit)
 
     def _after_backward(self, unit: Unit) -> None:
         """A backward of a module is over; if it was the unit's last, it expects no gradient any more.
@@ -444,9 +469,3 @@ class Hooks:
         """Bring the gradients' entry of the memory ledger up to date."""
         nbytes = sum(gradients.nbytes for unit in self.units for gradients in unit.gradients)
         self.context.memory.set("gradients", nbytes)
-
-
-def _own_memory(unit: Unit, tensor: Tensor) -> Tensor:
-    """A copy of an output that lies in the unit's parameters, which are about to be freed."""
-    is_ours = any(segment.covers(tensor) for segment in unit.segments)
-    return tensor.clone() if is_ours else tensor

@@ -118,9 +118,7 @@ class PieceOptimizer:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         progress.phase = "optimizer step"
-        deferred = any(
-            segment.gradients.dtype is not segment.main_dtype for segment in self.segments
-        )
+        deferred = [s for s in self.segments if s.gradients.dtype is not s.main_dtype]
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
         joined = self.context.attendance.is_open
         if closure is not None and (deferred or self.scaler or joined):
@@ -148,13 +146,9 @@ class PieceOptimizer:
                         self._skipped.append((piece, piece.grad))
                         piece.grad = None
             return
-        for segment in self.segments:
+        for segment in deferred:
             self._casts.enter_context(segment.gradients.cast())
-        cast_nbytes = sum(
-            segment.main.nbytes
-            for segment in self.segments
-            if segment.gradients.dtype is not segment.main_dtype
-        )
+        cast_nbytes = sum(segment.main.nbytes for segment in deferred)
         self._casts.enter_context(self.context.memory.borrowed(cast_nbytes))
         self._casts.enter_context(self.context.times.phase("optimizer"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -68,19 +68,29 @@ class PhaseTimes:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> AbstractContextManager[None]:
         """Add the time spent in the context to phase `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        return _Phase(self, name)
 
     def reset(self) -> dict[str, float]:
         """Start anew; return what was counted."""
         seconds, self.seconds = self.seconds, {}
         return seconds
+
+
+class _Phase:
+    """See `PhaseTimes.phase`; a class, since each unit of each step enters some."""
+
+    def __init__(self, times: PhaseTimes, name: str) -> None:
+        self._times = times
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        seconds = self._times.seconds
+        seconds[self._name] = seconds.get(self._name, 0.0) + time.perf_counter() - self._start
 
 
 @dataclass(frozen=True)

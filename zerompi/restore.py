@@ -239,7 +239,7 @@ def _read_states(
 def _own_range(entry: Entry) -> tuple[int, int]:
     if entry.segment.is_main_replicated:
         return 0, entry.piece.numel()
-    return entry.segment.layout.piece(entry.position, entry.segment.shard_index).in_parameter
+    return entry.segment.owned[entry.position].in_parameter
 
 
 def _settings(

@@ -17,7 +17,7 @@ from zerompi.collectives.quantized import Code
 from zerompi.context import Context
 from zerompi.gradients import Gradients
 from zerompi.layout import FlatLayout, Range
-from zerompi.placeholder import placeholder
+from zerompi.placeholder import Placeholder, placeholder
 from zerompi.placement import Placement
 
 
@@ -31,6 +31,8 @@ class Segment:
     Attributes:
         full: flat parameters, (padded_numel,), parameter dtype: one for all ranks of the node, or
             this rank's own. Where parameters are sharded, None between uses.
+        owned: per parameter, which part of it lies in `shard`.
+        is_resident: whether the full parameters are always there.
         is_node_copy: whether `full` is there always, once for all ranks of the node.
         secondary: with `node_cache` and without shared memory, this rank's part of what its node
             keeps of `full`; else None.
@@ -39,6 +41,7 @@ class Segment:
         main: what the optimizer steps; (padded_numel,) or (shard_numel,), main dtype.
         pieces: per parameter, the view of `main` that stands in the optimizer: the whole parameter
             where optimizer states are replicated, else a 1-D piece, perhaps empty.
+        is_main_replicated: whether every rank holds all main weights.
         is_mixed: whether the parameter dtype is that of the mixed precision.
         gradients: what is collected and reduced.
         weight_code: how the parameters are quantized when they are gathered, or None.
@@ -55,6 +58,13 @@ class Segment:
         self.layout = FlatLayout([p.shape for p in self.parameters], group.size)
         self.shard_index = group.topology.shard_index(group.rank)
         self.own = self.layout.shard_ranges[self.shard_index]
+        self._places = [
+            (shape, _contiguous(shape), start)
+            for shape, (start, _) in zip(
+                self.layout.shapes, self.layout.parameter_ranges, strict=True
+            )
+        ]
+        self.owned = [self.layout.piece(i, self.shard_index) for i in range(len(members))]
 
         self.is_mixed = precision.param_dtype is not None and first.is_floating_point()
         self.dtype = precision.param_dtype or first.dtype if self.is_mixed else first.dtype
@@ -63,6 +73,7 @@ class Segment:
         self.weight_code = quantize.weight_code(self.dtype) if quantize else None
 
         self.full: Tensor | None = None
+        self.is_main_replicated = context.stage.optimizer_state is Placement.REPLICATE
         self.is_node_copy = False
         self.secondary: Tensor | None = None
         self.is_cached = False
@@ -73,6 +84,7 @@ class Segment:
         """Take memory for the parameters; `node_copy` if the node has one for all its ranks."""
         group, stage = self.context.shard_group, self.context.stage
         self.is_node_copy = node_copy is not None
+        self.is_resident = self.is_node_copy or stage.parameter is Placement.REPLICATE
         if self.is_resident:
             if node_copy is None:
                 node_copy = group.allocate(self.layout.padded_numel, self.dtype)
@@ -81,16 +93,13 @@ class Segment:
             self.shard = self.full[base : base + self.layout.shard_numel]
         else:
             self.shard = group.allocate(self.layout.shard_numel, self.dtype)
+        device = self.shard.device
+        self._placeholders = [Placeholder(p, self.dtype, device) for p in self.parameters]
         self.main = self._make_main(stage.optimizer_state)
         self.pieces = [
             nn.Parameter(self.part(self.main, i), requires_grad=self.trainable)
             for i in range(len(self.parameters))
         ]
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether the full parameters are always there."""
-        return self.is_node_copy or self.context.stage.parameter is Placement.REPLICATE
 
     @property
     def parameter_nbytes(self) -> int:
@@ -118,11 +127,6 @@ class Segment:
             return self.packed_nbytes(self.weight_code, self.dtype)
         return 0 if self.secondary is None else self.packed_nbytes(None, self.dtype)
 
-    @property
-    def is_main_replicated(self) -> bool:
-        """Whether every rank holds all main weights."""
-        return self.context.stage.optimizer_state is Placement.REPLICATE
-
     def _make_main(self, placement: Placement) -> Tensor:
         same = self.shard
         if placement is Placement.REPLICATE:
@@ -142,15 +146,14 @@ class Segment:
     def part(self, flat: Tensor, index: int) -> Tensor:
         """The view of parameter `index` in a tensor placed like the optimizer states."""
         if self.is_main_replicated:
-            start, stop = self.layout.parameter_ranges[index]
-            return flat[start:stop].view(self.layout.shapes[index])
-        start, stop = self.layout.piece(index, self.shard_index).in_shard
+            return self.view(flat, index)
+        start, stop = self.owned[index].in_shard
         return flat[start:stop]
 
     def view(self, flat: Tensor, index: int) -> Tensor:
         """Parameter `index` with its own shape in a full flat tensor."""
-        start, stop = self.layout.parameter_ranges[index]
-        return flat[start:stop].view(self.layout.shapes[index])
+        shape, strides, start = self._places[index]
+        return flat.as_strided(shape, strides, int(flat.storage_offset()) + start)
 
     # -- values in and out ---------------------------------------------------------------------
 
@@ -211,7 +214,7 @@ class Segment:
 
     def own_values(self, index: int) -> tuple[Range, Tensor]:
         """The part of parameter `index` that this rank answers for: its range and main weights."""
-        piece = self.layout.piece(index, self.shard_index)
+        piece = self.owned[index]
         if self.is_main_replicated:
             return piece.in_parameter, self.main[piece.in_flat.start : piece.in_flat.stop]
         return piece.in_parameter, self.main[piece.in_shard.start : piece.in_shard.stop]
@@ -296,8 +299,8 @@ class Segment:
 
     def hide(self) -> None:
         """Leave placeholders where the parameters' values were."""
-        for parameter in self.parameters:
-            parameter.data = placeholder(parameter, self.dtype)
+        for parameter, hidden in zip(self.parameters, self._placeholders, strict=True):
+            parameter.data = hidden.fresh()
 
     @property
     def refresh_gathers(self) -> bool:
@@ -355,5 +358,10 @@ class Segment:
         """This rank's part of an elementwise optimizer state of parameter `index`."""
         if self.is_main_replicated:
             return value
-        start, stop = self.layout.piece(index, self.shard_index).in_parameter
+        start, stop = self.owned[index].in_parameter
         return value.reshape(-1)[start:stop].clone()
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    return torch.empty(shape, device="meta").stride()

@@ -102,7 +102,7 @@ def optimizer_table(optimizer: Optimizer | None, units: Sequence[Unit]) -> Tenso
 
 
 def _own_state(entry: Entry, value: Tensor) -> tuple[tuple[int, int], Tensor]:
-    piece = entry.segment.layout.piece(entry.position, entry.segment.shard_index)
+    piece = entry.segment.owned[entry.position]
     flat = value.reshape(-1)
     if flat.numel() != piece.in_parameter.numel:  # replicated: every rank writes a part
         flat = flat[piece.in_parameter.start : piece.in_parameter.stop]

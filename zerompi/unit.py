@@ -38,6 +38,7 @@ class Unit:
     Attributes:
         members: the modules, with their names.
         modules: the same without.
+        is_resident: whether the full parameters are always there.
         holds: how many callers need the full parameters now (a running forward, `gathered`, a kept
             graph of a double backward); `reshard` does nothing before it is zero.
         gradients: of the segments that are trained.
@@ -73,13 +74,9 @@ class Unit:
         """Take memory for the parameters of each segment; see `Segment.allocate`."""
         for segment, node_copy in zip(self.segments, node_copies, strict=True):
             segment.allocate(node_copy)
+        self.is_resident = all(segment.is_resident for segment in self.segments)
         if not self.is_resident:
             self.state = UnitState.SHARDED
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether the full parameters are always there."""
-        return all(segment.is_resident for segment in self.segments)
 
     def unshard(self) -> None:
         """Make the full parameters visible. Collective over the world unless they are already."""
@@ -143,7 +140,7 @@ class Unit:
 
         With `stays` they are hidden only, and wait for their next use as if they were gathered ahead of it.
         """
-        if self.holds or self.is_resident or self.state is UnitState.SHARDED:
+        if self.state is UnitState.SHARDED or self.holds or self.is_resident:
             return
         for segment in self.segments:
             segment.hide()
@@ -206,7 +203,7 @@ class Unit:
         self.context.attendance.announce(what, "reduce", self.name)
         with self.context.times.phase("reduce"):
             scale = make_scale()
-            used, in_place = self._used_anywhere(readable)
+            used, in_place = self._used_anywhere(what, readable)
             start = 0
             for gradients in self.gradients:
                 part = used[start : start + len(gradients.present)]
@@ -229,8 +226,8 @@ class Unit:
                 if gradients.region is not None:
                     gradients.region.release(self, was_read=was_read)
 
-    def _used_anywhere(self, readable: bool) -> tuple[list[bool], bool]:
-        """For each trainable parameter, whether any rank has a gradient for it.
+    def _used_anywhere(self, what: str, readable: bool) -> tuple[list[bool], bool]:
+        """For each trainable parameter, whether any rank has a gradient for it; `what` comes next.
 
         And whether the ranks of every node can read each other's buckets, if `readable` tells that
         of this one's.
@@ -242,8 +239,7 @@ class Unit:
             flags = sum(1 << bit for bit, flag in enumerate(part) if flag)
             union = 0
             for others in self.context.world.agree(
-                f"reduction of the gradients of {self.name}",
-                flags if readable else flags | _UNREADABLE,
+                what, flags if readable else flags | _UNREADABLE
             ):
                 union |= others
             readable = not union & _UNREADABLE

@@ -6,7 +6,7 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ def allocate(numel: int, dtype: torch.dtype, space: Space = HOST) -> Tensor:
     if space.is_device:
         with torch.inference_mode(False):
             return device.allocate(numel, dtype, space)
-    with _own_mapping(), torch.inference_mode(False):
+    is_mapped = numel * dtype.itemsize >= _MIN_MAPPING_NBYTES
+    with _own_mapping() if is_mapped else nullcontext(), torch.inference_mode(False):
         return torch.empty(numel, dtype=dtype)
 
 

@@ -62,6 +62,9 @@ def _sum_on_host(summands: Sequence[Any], out: Tensor, scale: float) -> None:
         out = out.view(SAME_SUM[out.dtype])
         summands = [summand.view(out.dtype) for summand in summands]
     wide = accumulate_dtype(out.dtype)
+    if len(summands) == 1 and scale == 1.0:
+        out.copy_(summands[0])
+        return
     threads = torch.get_num_threads()
     if out.dtype in COMPILED and threads <= _MOST_THREADS:
         compiled = compiled_sum(out.dtype)
