@@ -36,7 +36,7 @@ class Ticket:
     Args:
         work: what to do.
         on_raise: called when `wait` raises what went wrong.
-        handover: with torch.cuda and another thread, what keeps their streams in order.
+        handover: with device buffers and another thread, what keeps their streams in order.
     """
 
     def __init__(

@@ -16,6 +16,9 @@ from torch import Tensor
 from zerompi import device
 from zerompi.kernels.norm import launch_sums_of_squares
 
+# Elements whose norm is summed in float32: few enough that hardly any bit is lost.
+_ROW = 4096
+
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -75,10 +78,25 @@ def is_finite(gradient: Tensor) -> bool:
 
 
 def norm(gradient: Tensor, norm_type: float) -> float:
-    """The norm of one gradient, summed in float32 at least."""
-    real = gradient.abs() if gradient.is_complex() else gradient
-    dtype = torch.promote_types(real.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(real, norm_type, dtype=dtype))
+    """The norm of one gradient: of each row of it in float32 at least, and of these norms in float64.
+
+    All of it in float64 where a row overflows, so that it is infinite or NaN only if an element is, or if
+    float64 cannot hold it.
+    """
+    real = (gradient.abs() if gradient.is_complex() else gradient).reshape(-1)
+    whole = real.numel() // _ROW * _ROW
+    rows = [real[:whole].view(-1, _ROW), real[whole:].view(1, -1)]
+    total = 0.0
+    for dtype in (torch.promote_types(real.dtype, torch.float32), torch.float64):
+        norms = [
+            torch.linalg.vector_norm(part, norm_type, dim=1, dtype=dtype).double()
+            for part in rows
+            if part.numel()
+        ]
+        total = float(torch.linalg.vector_norm(torch.cat(norms), norm_type))
+        if math.isfinite(total):
+            break
+    return total
 
 
 def power(value: float, exponent: float) -> float:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zerompi.collectives.all_reduce import reduce_all
 from zerompi.collectives.buffer import Buffer, lend
@@ -235,49 +235,20 @@ class Gradients:
                 self._handed_out.append(handed_out)
             return
         if self.reduced is not None and any(piece.grad is not None for piece in segment.pieces):
-            for i, piece in enumerate(segment.pieces):
+            for i, is_marker in enumerate(_find_markers(segment.pieces)):
                 if used[i]:
                     kept = segment.part(self.reduced, i)
-                    kept.copy_(segment.part(result, i) + (kept if _is_marker(piece.grad) else 0))
+                    kept.copy_(segment.part(result, i) + (kept if is_marker else 0))
         else:
             self.reduced = result
         for i, piece in enumerate(segment.pieces):
             if used[i]:
                 piece.grad = placeholder(piece, segment.main_dtype)
 
-    def values(self) -> Iterator[Tensor]:
-        """The reduced gradients that this rank holds, in the reduce dtype."""
-        for _, gradient in self.named():
-            yield gradient
-
-    def named(self) -> Iterator[tuple[str, Tensor]]:
-        """The same, each with the name of its parameter."""
-        segment = self._segment
-        for i, (name, piece) in enumerate(zip(segment.names, segment.pieces, strict=True)):
-            if piece.grad is not None:
-                if self.dtype is segment.main_dtype:
-                    yield name, piece.grad
-                elif self.reduced is not None and _is_marker(piece.grad):
-                    yield name, segment.part(self.reduced, i)
-
-    @contextmanager
-    def cast(self) -> Iterator[None]:
-        """While the context lasts, `.grad` of the pieces is the gradient in the main dtype."""
-        segment = self._segment
-        if self.dtype is segment.main_dtype or self.reduced is None:
-            yield
-            return
-        reduced = self.reduced
-        cast = [(i, piece) for i, piece in enumerate(segment.pieces) if _is_marker(piece.grad)]
-        wide = self._context.shard_group.allocate(reduced.numel(), segment.main_dtype)
-        wide.copy_(reduced)
-        for i, piece in cast:
-            piece.grad = segment.part(wide, i)
-        try:
-            yield
-        finally:
-            for _, piece in cast:
-                piece.grad = placeholder(piece, segment.main_dtype)
+    @property
+    def is_deferred(self) -> bool:
+        """Whether the pieces' gradients wait in the reduce dtype, until `cast`."""
+        return self.dtype is not self._segment.main_dtype and self.reduced is not None
 
     def leave_shared_memory(self) -> None:
         """Give the pieces' gradients memory of this rank's own where they have had the node's."""
@@ -285,7 +256,7 @@ class Gradients:
         if self.home is not None and self.home.peers is not None:
             self.home = None
             for piece in self._segment.pieces:
-                if piece.grad is not None and not _is_marker(piece.grad):
+                if piece.grad is not None and self.dtype is self._segment.main_dtype:
                     piece.grad = piece.grad.clone()
 
     @property
@@ -297,8 +268,58 @@ class Gradients:
         return sum(buffer.nbytes for buffer in {id(buffer): buffer for buffer in held}.values())
 
 
-def _is_marker(gradient: Tensor | None) -> bool:
-    """Whether a gradient waits in the reduce dtype: `zero_grad(set_to_none=False)` zeroes the NaN."""
-    if gradient is None:
-        return False
-    return not gradient.numel() or bool(gradient.as_strided((1,), (1,)).isnan())
+def named(segments: Sequence[Segment]) -> Iterator[tuple[str, Tensor]]:
+    """The reduced gradients that this rank holds, in the reduce dtype, each with its parameter's name.
+
+    The host waits for a device once at most.
+    """
+    are_markers = iter(_markers_of(segments))
+    for segment in segments:
+        reduced = segment.gradients.reduced
+        for i, (name, piece) in enumerate(zip(segment.names, segment.pieces, strict=True)):
+            if not segment.gradients.is_deferred:
+                if piece.grad is not None:
+                    yield name, piece.grad
+            elif next(are_markers):
+                assert reduced is not None
+                yield name, segment.part(reduced, i)
+
+
+@contextmanager
+def cast(segments: Sequence[Segment]) -> Iterator[None]:
+    """While the context lasts, `.grad` of the pieces is the gradient in the main dtype."""
+    are_markers = iter(_markers_of(segments))
+    pieces = []
+    for segment in segments:
+        if not segment.gradients.is_deferred:
+            continue
+        reduced = segment.gradients.reduced
+        assert reduced is not None
+        wide = segment.context.shard_group.allocate(reduced.numel(), segment.main_dtype)
+        wide.copy_(reduced)
+        for i, piece in enumerate(segment.pieces):
+            if next(are_markers):
+                piece.grad = segment.part(wide, i)
+                pieces.append(piece)
+    try:
+        yield
+    finally:
+        for piece in pieces:
+            piece.grad = placeholder(piece, piece.dtype)
+
+
+def _markers_of(segments: Sequence[Segment]) -> list[bool]:
+    """`_find_markers` of all pieces of the segments whose gradients are deferred."""
+    deferred = [segment for segment in segments if segment.gradients.is_deferred]
+    return _find_markers([piece for segment in deferred for piece in segment.pieces])
+
+
+def _find_markers(pieces: Sequence[nn.Parameter]) -> list[bool]:
+    """Which pieces' gradients wait in the reduce dtype: `zero_grad(set_to_none=False)` zeroes the NaN.
+
+    The host waits for a device once, for all.
+    """
+    gradients = [piece.grad for piece in pieces]
+    firsts = [g.as_strided((1,), (1,)) for g in gradients if g is not None and g.numel()]
+    are_nan = iter(torch.cat(firsts).isnan().tolist() if firsts else ())
+    return [g is not None and (not g.numel() or next(are_nan)) for g in gradients]

@@ -21,6 +21,7 @@ from zerompi.activity import progress
 from zerompi.context import Context
 from zerompi.errors import MismatchError, NonFiniteError, ZerompiError
 from zerompi.gradient_norms import is_finite, norm, power, squares_on_device
+from zerompi.gradients import cast, named
 from zerompi.launch import raised_by_all
 from zerompi.placement import Placement
 from zerompi.precision import LossScaler
@@ -146,8 +147,7 @@ class PieceOptimizer:
                         self._skipped.append((piece, piece.grad))
                         piece.grad = None
             return
-        for segment in deferred:
-            self._casts.enter_context(segment.gradients.cast())
+        self._casts.enter_context(cast(deferred))
         cast_nbytes = sum(segment.main.nbytes for segment in deferred)
         self._casts.enter_context(self.context.memory.borrowed(cast_nbytes))
         self._casts.enter_context(self.context.times.phase("optimizer"))
@@ -184,23 +184,16 @@ class PieceOptimizer:
 
     def _faulty_parameters(self) -> list[str]:
         """The parameters of which this rank has a gradient that is not finite."""
-        squares = self._squares_on_device()
+        gradients = list(named(self.segments))
+        squares = self._squares_on_device([gradient for _, gradient in gradients])
         if squares is not None and all(map(math.isfinite, squares)):
             return []
-        return [
-            name
-            for segment in self.segments
-            for name, gradient in segment.gradients.named()
-            if not is_finite(gradient)
-        ]
+        return [name for name, gradient in gradients if not is_finite(gradient)]
 
-    def _gradients(self) -> list[Tensor]:
-        return [g for segment in self.segments for g in segment.gradients.values()]
-
-    def _squares_on_device(self) -> list[float] | None:
+    def _squares_on_device(self, gradients: Sequence[Tensor]) -> list[float] | None:
         """See `squares_on_device`; None on the host."""
         is_device = self.context.shard_group.space.is_device
-        return squares_on_device(self._gradients()) if is_device else None
+        return squares_on_device(gradients) if is_device else None
 
     def _describe(self, faulty: Sequence[str]) -> str:
         """Name all ranks' faulty parameters. Collective over the world."""
@@ -310,23 +303,23 @@ class PieceOptimizer:
             float(max_norm),
             float(norm_type),
         )
-        total = self._total_norm(float(norm_type))
+        gradients = [gradient for _, gradient in named(self.segments)]
+        total = self._total_norm(gradients, float(norm_type))
         coefficient = float(min(1.0, float(max_norm) / (total + 1e-6)))
         if not math.isfinite(total) and self.context.nonfinite != "ignore":
             coefficient = 1.0  # as the gradients are, the step will tell which is at fault
         elif math.isnan(total):
             coefficient = math.nan
-        gradients = self._gradients()
         if gradients and coefficient != 1.0:
             torch._foreach_mul_(gradients, coefficient)
         wide = any(s.main_dtype in (torch.float64, torch.complex128) for s in self.segments)
         return torch.tensor(total, dtype=torch.float64 if wide else torch.float32)
 
-    def _total_norm(self, norm_type: float) -> float:
+    def _total_norm(self, gradients: Sequence[Tensor], norm_type: float) -> float:
         largest = math.isinf(norm_type)
-        powers = None if largest or norm_type != 2.0 else self._squares_on_device()
+        powers = None if largest or norm_type != 2.0 else self._squares_on_device(gradients)
         if powers is None:
-            powers = [norm(g, norm_type) for g in self._gradients() if g.numel()]
+            powers = [norm(g, norm_type) for g in gradients if g.numel()]
             if not largest:
                 powers = [power(n, norm_type) for n in powers]
         local = max(powers, default=0.0) if largest else math.fsum(powers)

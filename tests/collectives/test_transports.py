@@ -18,6 +18,7 @@ from zerompi.collectives import Group, all_gather, all_reduce, all_to_all, broad
 from zerompi.collectives import transport as transports
 from zerompi.collectives.node import DeviceNode
 from zerompi.collectives.transport import CudaAware, Staged
+from zerompi.comm_thread import CommThread
 from zerompi.cuda_aware import Answer
 from zerompi.memory import DeviceArray, Reader
 
@@ -224,9 +225,37 @@ def test_a_collective_comes_after_what_its_stream_was_given_and_before_what_it_i
     assert doubled.get().tolist() == [2.0 * group.size * (group.size + 1)] * 5
 
 
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_the_communication_thread_is_ordered_with_the_streams_of_those_who_wait_for_it(flat, kind):
+    """Also where nobody computes on the default stream, which is the current one of a new thread."""
+    import cupy
+
+    thread, total = CommThread(is_wanted=True), flat.size * (flat.size + 1) // 2
+    if not thread.overlaps:
+        pytest.skip("no thread")
+    streams = []
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        own = DeviceMemory().put_tensor(torch.full((5,), 7.0))
+        array = device.as_cupy(own)
+        array.fill(flat.rank + 1)
+        buffer = array if kind == "array" else own
+
+        def work():
+            streams.append(cupy.cuda.get_current_stream())
+            all_reduce(buffer, buffer, flat)
+            array[:] = array * 2
+
+        thread.submit(work).wait()
+        doubled = array.copy()
+        stream.synchronize()
+    thread.close()
+    assert doubled.get().tolist() == [2.0 * total] * 5
+    assert streams[0].ptr not in (cupy.cuda.Stream.null.ptr, stream.ptr)
+
+
 @pytest.mark.skipif(not IS_DEFERRED, reason="needs an emulated device with deferred streams")
 def test_tensors_of_torch_cuda_are_ordered_with_its_stream_alone(monkeypatch):
-    """CuPy's current stream, the default one in the communication thread, has no part in it."""
+    """CuPy's current stream has no part in it."""
     import cupy
 
     put(torch.ones(1))

@@ -9,7 +9,8 @@ import zerompi
 from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, host_may_touch
 from models import CASES, build, own_slice
 from test_device_memory import build_on_device
-from zerompi import device, gradient_norms
+from zerompi import device, gradient_norms, gradients
+from zerompi.gradients import named
 
 pytestmark = pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
 
@@ -42,10 +43,18 @@ def test_norms_are_those_of_the_host(comm, stage, norm_type, reduce_dtype):
     assert norms[1] == pytest.approx(norms[0], rel=1e-6)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_the_host_waits_once_and_launches_once_for_each_segment(comm, stage, monkeypatch):
-    launched = []
-    sums_of_squares = gradient_norms.sums_of_squares
+@pytest.mark.parametrize("reduce_dtype", [None, torch.bfloat16])
+def test_the_host_waits_once_and_launches_once_for_each_segment(
+    comm, stage, reduce_dtype, monkeypatch
+):
+    launched, looked = [], []
+    sums_of_squares, find_markers = gradient_norms.sums_of_squares, gradients._find_markers
+
+    def look(pieces):
+        looked.append(len(pieces))
+        return find_markers(pieces)
 
     def counted(tensors):
         launched.append(len(tensors))
@@ -53,14 +62,18 @@ def test_the_host_waits_once_and_launches_once_for_each_segment(comm, stage, mon
 
     monkeypatch.setattr(gradient_norms, "sums_of_squares", counted)
     monkeypatch.setattr(gradient_norms, "is_finite", _fail)
+    monkeypatch.setattr(gradients, "_find_markers", look)
     model, opt = build_on_device(CASES["gpt"])
-    with zerompi.partition(model, opt, stage=stage, comm=comm) as zero:
+    mixed = zerompi.MixedPrecision(reduce_dtype, reduce_dtype)
+    with zerompi.partition(model, opt, stage=stage, comm=comm, mixed_precision=mixed) as zero:
         backward(comm, CASES["gpt"], model)
         zero.clip_grad_norm_(1.0)
         opt.step()
         segments = sum(len(unit.trainable) for unit in zero._units)
+        pieces = sum(len(s.pieces) for unit in zero._units for s in unit.trainable)
     assert len(launched) == 2
     assert max(launched) <= segments
+    assert looked == [pieces if reduce_dtype else 0] * 3  # the norm, the check, the step
 
 
 def _fail(gradient):
@@ -75,7 +88,7 @@ def test_a_gradient_that_is_not_finite_is_named(comm, stage, bad):
         backward(comm, CASES["mlp"], model)
         for unit in zero._units:
             for segment in unit.segments:
-                for name, gradient in segment.gradients.named():
+                for name, gradient in named([segment]):
                     if name == "layers.0.bias" and gradient.numel():
                         gradient.view(-1)[0] = bad
         with pytest.raises(zerompi.NonFiniteError, match=r"the gradient of layers\.0\.bias is not"):

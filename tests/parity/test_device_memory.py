@@ -12,6 +12,7 @@ import zerompi
 from harness.memory import HAS_DEVICE, ON_DEVICE, WITHOUT_DEVICE, host_may_touch, move
 from models import CASES, build, own_slice
 from zerompi import api, device
+from zerompi.gradients import named
 
 pytestmark = pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
 
@@ -79,7 +80,7 @@ def test_buffers_lie_where_the_parameters_lie(comm, stage):
         case.loss(model(x), y).backward()
         for unit in zero._units:
             for segment in unit.segments:
-                held = [segment.shard, segment.main, *segment.gradients.values()]
+                held = [segment.shard, segment.main, *(g for _, g in named([segment]))]
                 assert all(device.holds(tensor) for tensor in held if tensor.numel())
 
 

@@ -78,6 +78,15 @@ def test_a_fault_is_raised_on_all_ranks_with_its_name_and_changes_nothing(
         optimizer.step()  # and training goes on
 
 
+def test_a_gradient_whose_square_overflows_is_clipped(comm, stage):
+    model, optimizer = build(CASES["mlp"])
+    with zerompi.partition(model, optimizer, stage=stage, comm=comm) as zero:
+        poison(model, comm, 1e25)
+        backward(comm, model)
+        assert 1e20 < zero.clip_grad_norm_(1.0) < torch.inf
+        assert float(zero.clip_grad_norm_(torch.inf)) == pytest.approx(1.0, rel=1e-4)
+
+
 def test_a_fault_is_skipped_on_all_ranks_and_said_once(comm, stage, caplog):
     model, optimizer = build(CASES["mlp"])
     reference, theirs = build(CASES["mlp"])

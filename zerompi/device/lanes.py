@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -125,37 +125,52 @@ def synchronise() -> None:
 
 
 class Handover:
-    """Work for torch.cuda that one thread gives to another: made where it is given.
+    """Work that one thread gives to another: made where it is given.
 
-    What the giving thread's stream was given before is done first; `join` lets the stream of the
-    thread that waits be behind the work.
+    What the giving thread's current streams, CuPy's and torch.cuda's, were given before is done first;
+    `join` lets those of the thread that waits be behind the work.
     """
 
     def __init__(self) -> None:
-        self._consumer = torch.cuda.current_stream()
-        self._given = self._consumer.record_event()
+        self._consumer = torch.cuda.current_stream() if has_torch_cuda() else None
+        self._given = [stream.record() for stream in _current_streams()]
         self._done: Any = None
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """The work, in the other thread: on its lane."""
+        """The work, in the other thread: on its lane, which is the current stream there."""
         own = lane()
-        stream = torch.cuda.ExternalStream(own.stream.ptr)
-        stream.wait_event(self._given)
+        for event in self._given:
+            own.stream.wait_event(event)
         own.consumer = self._consumer
         try:
-            with torch.cuda.stream(stream):
+            with own.stream, _as_torchs(own.stream):
                 yield
         finally:
             own.consumer = None
-            self._done = stream.record_event()
+            self._done = own.stream.record()
 
     def join(self) -> None:
-        """Let the current stream wait for the work, which has been given to the lane."""
+        """Let the current streams wait for the work, which has been given to the lane."""
         if self._done is not None:
-            torch.cuda.current_stream().wait_event(self._done)
+            for stream in _current_streams():
+                stream.wait_event(self._done)
+
+
+def _current_streams() -> list[Any]:
+    """Of this thread: CuPy's and, where it computes, torch.cuda's."""
+    own = cupy().cuda.get_current_stream()
+    return [own, _torchs_stream()] if has_torch_cuda() else [own]
+
+
+def _as_torchs(stream: Any) -> AbstractContextManager[None]:
+    """Let a stream of CuPy's be torch.cuda's current one, where that computes."""
+    if not has_torch_cuda():
+        return nullcontext()
+    context: AbstractContextManager[None] = torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr))
+    return context
 
 
 def hand_over() -> Handover | None:
-    """A `Handover` where torch.cuda computes, else None: the host waits for each collective."""
-    return Handover() if is_active() and has_torch_cuda() else None
+    """A `Handover` where there are device buffers, else None."""
+    return Handover() if is_active() else None

@@ -1,4 +1,10 @@
-"""Between many arrays and one flat buffer: a bucket is filled, or emptied, by one launch."""
+"""Between many arrays and one flat buffer: a bucket is filled, or emptied, by one launch.
+
+For arrays that stay where they are. A partition has none that it would copy in each step: its parameters,
+main weights and states lie in flat buffers, and what is done to these is one launch already.
+Gradients come one by one, each at a new address. To pack them, a unit would keep all of them beside its
+bucket, and send a new table of addresses for each pass, which takes about as long as the copies it spares.
+"""
 
 from __future__ import annotations
 
