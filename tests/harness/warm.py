@@ -61,7 +61,8 @@ def _server() -> tuple[dict[str, str], str]:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdout.readline()
+    if process.stdout.readline() != b"ready\n":
+        raise RuntimeError("the server of warm ranks did not start; its reason is on stderr")
     atexit.register(directory.cleanup)
     atexit.register(process.stdin.close)  # that ends it
     return environment, path
@@ -140,8 +141,9 @@ class _Server:
 
     def _abandoned(self, pid: int) -> None:
         """Kill the fork of a rank that was killed."""
-        self._selector.unregister(self._lines[pid])
-        os.kill(pid, signal.SIGKILL)
+        if pid in self._lines:  # it may have ended at the same time
+            self._selector.unregister(self._lines[pid])
+            os.kill(pid, signal.SIGKILL)
 
     def _leave(self) -> None:
         for pid in self._lines:
@@ -150,6 +152,7 @@ class _Server:
 
     def _become(self, request: dict[str, Any], received: Sequence[int]) -> None:
         """Make this fork what the rank would be: its files, its environment, its directory."""
+        os.setsid()  # signals to the group of this rank's processes are for no other one
         self._request, wanted = request, request["files"]
         self._selector.close()
         for line in (self._socket, *self._lines.values()):
