@@ -24,6 +24,7 @@ TINY = {
     "eval-every": 3,
     "eval-batches": 3,
     "sample": 4,
+    "progress": "lines",  # a fork does not find the launcher that would tell whether there is a terminal
 }
 
 

@@ -84,10 +84,10 @@ def reduce_blocks(
         peers: the `full` of each rank of this node, in shared memory; on all ranks or on none. They
             may be written again when all ranks have finished with the group's last fence.
     """
+    node, topology = group.node_of(full), group.topology
     if group.size == 1:
         sum_in_order([full[slice(*ranges[0])]], out, scale)
         return
-    node, topology = group.node_of(full), group.topology
     blocks = [slice(*ranges[topology.shard_index(owner)]) for owner in range(group.size)]
     longest = max(block.stop - block.start for block in blocks)
     chunk = min(_CHUNK_NBYTES, _STAGING_NBYTES // (2 * group.size)) // full.element_size()
