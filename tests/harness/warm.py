@@ -153,6 +153,7 @@ class _Server:
     def _become(self, request: dict[str, Any], received: Sequence[int]) -> None:
         """Make this fork what the rank would be: its files, its environment, its directory."""
         os.setsid()  # signals to the group of this rank's processes are for no other one
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as a launcher's child has it
         self._request, wanted = request, request["files"]
         self._selector.close()
         for line in (self._socket, *self._lines.values()):
