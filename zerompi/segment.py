@@ -32,7 +32,8 @@ class Segment:
         full: flat parameters, (padded_numel,), parameter dtype: one for all ranks of the node, or
             this rank's own. Where parameters are sharded, None between uses.
         owned: per parameter, which part of it lies in `shard`.
-        is_resident: whether the full parameters are always there.
+        is_resident: whether the full parameters are always there: replicated, of a node together, or
+            sharded over one rank.
         is_node_copy: whether `full` is there always, once for all ranks of the node.
         secondary: with `node_cache` and without shared memory, this rank's part of what its node
             keeps of `full`; else None.
@@ -84,7 +85,8 @@ class Segment:
         """Take memory for the parameters; `node_copy` if the node has one for all its ranks."""
         group, stage = self.context.shard_group, self.context.stage
         self.is_node_copy = node_copy is not None
-        self.is_resident = self.is_node_copy or stage.parameter is Placement.REPLICATE
+        is_replicated = stage.parameter is Placement.REPLICATE
+        self.is_resident = is_replicated or self.is_node_copy or group.size == 1
         if self.is_resident:
             if node_copy is None:
                 node_copy = group.allocate(self.layout.padded_numel, self.dtype)
@@ -305,7 +307,8 @@ class Segment:
     @property
     def refresh_gathers(self) -> bool:
         """Whether `refresh` moves what other ranks have stepped."""
-        if self.is_main_replicated or not self.is_resident:
+        is_whole = self.is_main_replicated or self.context.shard_group.size == 1
+        if is_whole or not self.is_resident:
             return False
         return not (self.is_node_copy and self.context.is_single_node)
 
@@ -338,9 +341,10 @@ class Segment:
         self.gradients.leave_shared_memory()
         if self.full is None:
             return
-        if self.context.stage.parameter is Placement.SHARD and self.is_node_copy:
+        if self.is_resident and self.context.stage.parameter is Placement.SHARD:
             self.hide()
-            self.shard, self.full = self.shard.clone(), None
+            self.shard = self.shard.clone() if self.is_node_copy else self.shard
+            self.full = None
         else:
             self.full = self.full.clone()
             self.install()

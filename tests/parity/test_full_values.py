@@ -82,7 +82,7 @@ def test_gathered_shows_ordinary_tensors(comm, stage):
         with zero.gathered(model.blocks[1]):
             assert torch.equal(model.blocks[1].up.weight, expected["blocks.1.up.weight"])
             visible = bool(torch.equal(model.blocks[0].up.weight, expected["blocks.0.up.weight"]))
-            assert visible == (stage < 3)
+            assert visible == (stage < 3 or comm.size == 1)
 
 
 def test_forwards_inside_gathered_gather_nothing(comm, stage):
@@ -130,6 +130,7 @@ def test_forward_inside_gathered_writable_is_refused(comm):
     zero.close()
 
 
+@pytest.mark.mpi(min_size=2)
 def test_parameters_outside_their_units_forward_read_as_nan(comm):
     model, optimizer = build(CASES["gpt"])
     with zerompi.partition(model, optimizer, stage=3, comm=comm, topology=one_each(comm)):
@@ -140,6 +141,7 @@ def test_parameters_outside_their_units_forward_read_as_nan(comm):
             weight.add_(1.0)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_state_dict_of_a_sharded_model_is_refused_with_advice(comm):
     model, optimizer = build(CASES["gpt"])
     topology = one_each(comm)

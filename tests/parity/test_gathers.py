@@ -366,6 +366,33 @@ def test_copies_of_which_some_lie_on_one_node(comm, stage, node_cache):
     assert_trains_alike(comm, "gpt", stage, steps=4, **options)
 
 
+@pytest.mark.parametrize("param_dtype", [None, torch.bfloat16])
+def test_what_one_rank_has_alone_is_not_gathered(comm, param_dtype):
+    """Neither a second copy nor a placeholder, until the partition is closed."""
+    model, optimizer = build(CASES["gpt"])
+    weight = model.blocks[0].up.weight
+    precision = zerompi.MixedPrecision(param_dtype=param_dtype)
+    options = {"shard_ranks": 1, "mixed_precision": precision}
+    with zerompi.partition(model, optimizer, comm=comm, **options) as zero:
+        gpt_step(comm, model, optimizer)
+        expected = zero.full_state_dict()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter, expected[name].to(parameter.dtype))
+        address = weight.data_ptr()
+        gpt_step(comm, model, optimizer)
+        assert weight.data_ptr() == address
+        memory, numel = zero.report().memory, sum(p.numel() for p in model.parameters())
+        assert memory.peak["parameters"] == pytest.approx(weight.itemsize * numel, rel=0.02)
+        assert "all_gather" not in zero.report().traffic
+    assert weight.isnan().all()
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("name", ["tied", "mlp", "lora"])
+def test_a_copy_on_every_rank_trains_like_unsharded_torch(comm, topology, name):
+    assert_trains_alike(comm, name, 3, steps=4, topology=topology, shard_ranks=1)
+
+
 def test_closing_frees_the_shared_memory(comm, monkeypatch):
     windows, freed = [], []
 

@@ -293,6 +293,7 @@ def test_clipping_of_wide_and_complex_gradients(comm, stage, dtype, norm_type):
         torch.testing.assert_close(norm, expected, check_dtype=False)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_an_empty_module_gathers_nothing(comm):
     model = nn.Sequential(nn.ModuleList(), nn.Linear(2, 2))
     topology = one_each(comm)
@@ -436,6 +437,7 @@ def test_other_hooks_on_saved_tensors_still_work(comm, outer):
             zero.close()
 
 
+@pytest.mark.mpi(min_size=2)
 def test_a_module_called_outside_its_unit_is_refused(comm):
     model, optimizer = build(CASES["gpt"])
     zero = zerompi.partition(model, optimizer, comm=comm, topology=one_each(comm))

@@ -174,6 +174,7 @@ def test_memory_by_category_is_the_papers_formula(comm, stage, nodes):
         assert memory.peak[category] == pytest.approx(per_element * numel, rel=0.02)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_time_by_phase_is_reported(comm):
     case = CASES["gpt"]
     model, optimizer = build(case)
