@@ -16,7 +16,7 @@ from harness.mpirun import MPIRun
 from zerompi.bench import checkpoints
 from zerompi.bench.collectives import COLLECTIVES, measure
 from zerompi.bench.tables import table_of_checkpoints
-from zerompi.bench.training import SYSTEMS, Workload, available
+from zerompi.bench.training import SYSTEMS, Workload, available, locked_build
 from zerompi.bench.training import measure as measure_training
 
 
@@ -60,6 +60,18 @@ def test_all_systems_train_alike(comm):
         assert results[name].seconds > 0
         assert results[name].processor > 0
         assert (results[name].reported is not None) == name.startswith("zerompi")
+
+
+def test_a_build_that_deepspeed_would_wait_for_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    operator = tmp_path / "py_cpu" / "deepspeed_shm_comm"
+    operator.mkdir(parents=True)
+    (operator / "op.so").touch()
+    assert locked_build() is None
+    (operator / "lock").touch()
+    assert locked_build() == operator / "lock"
 
 
 def test_training_can_be_saved_drawn_and_compared(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -259,6 +260,17 @@ def available() -> list[str]:
     """The systems that are installed."""
     has_deepspeed = importlib.util.find_spec("deepspeed") is not None
     return [name for name in SYSTEMS if has_deepspeed or not name.startswith("deepspeed")]
+
+
+def locked_build() -> Path | None:
+    """The lock of a build of DeepSpeed's operators: while it is there, DeepSpeed waits.
+
+    A build that was interrupted leaves it behind.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return next(Path(root).glob("**/deepspeed_*/lock"), None)
 
 
 # -- measurement -------------------------------------------------------------------------------

@@ -239,6 +239,14 @@ def _check(options: _Options) -> None:
     elif options.systems is not None:
         _chosen("--systems", options.systems, list(training_bench.SYSTEMS))
         _chosen("--systems", options.systems, training_bench.available())
+    if options.kind == "training" and any(
+        name.startswith("deepspeed") for name in _systems(options)
+    ):
+        lock = training_bench.locked_build()
+        if lock is not None:
+            raise InputError(
+                f"--systems: DeepSpeed would wait for a build of its operators: remove {lock} if none runs"
+            )
     if not os.access(options.directory, os.W_OK):
         raise InputError(f"--directory: expected one to write to, got {options.directory}")
     counts = {**vars(options.workload), "repeats": options.repeats}
