@@ -43,8 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--part K/N`: one of N runs that together run everything."""
-    parser.addoption("--part", default="1/1", help="run the K-th of N parts of the tests: K/N")
+    """`--part K/N`: one of N runs that together run everything; with `:DIRECTORY`, only of what is there."""
+    parser.addoption(
+        "--part", default="1/1", help="run the K-th of N parts of the tests: K/N[:DIRECTORY]"
+    )
 
 
 @pytest.hookimpl(trylast=True)
@@ -61,13 +63,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     library, size = MPI.get_vendor()[0], MPI.COMM_WORLD.size
     way = os.environ.get("ZEROMPI_DEVICE_TRANSPORT") if ON_DEVICE else "host"
     left_out = cases_left_out(items, f"{library}, {size} ranks, {way}")  # other ones elsewhere
-    number, count = map(int, config.getoption("--part").split("/"))
+    part, _, directory = config.getoption("--part").partition(":")
+    number, count = map(int, part.split("/"))
     if size > 1:
         left_out |= {item for item in items if item.path.parent.name in _ON_ONE_RANK}
     parts: list[list[pytest.Item]] = [[] for _ in range(count)]
-    for item in items:  # not by position, which goes with the stage
+    for item in items:
+        is_divided = (config.rootpath / directory) in item.path.parents
+        # Not by position, which goes with the stage.
+        index = crc32(item.nodeid.encode()) % count if is_divided else number - 1
         if item not in left_out:
-            parts[crc32(item.nodeid.encode()) % count].append(item)
+            parts[index].append(item)
     items[:] = parts.pop(number - 1)
     config.hook.pytest_deselected(items=[*left_out, *(item for part in parts for item in part)])
 

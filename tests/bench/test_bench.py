@@ -116,7 +116,8 @@ def test_wrong_arguments_are_one_line(comm, command, arguments, message):
     assert run.is_refusal(message, comm.rank), run
 
 
-def test_every_system_saves_and_loads(comm, tmp_path):
+def test_every_system_saves_and_loads(comm, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_QUIET", 0.01)  # no time is compared
     workload = Workload(layers=1, width=32, heads=2, context=8, batch=1, steps=1)
     names = list(checkpoints.SYSTEMS)
     results = checkpoints.measure(comm, workload, names, 1, comm.bcast(tmp_path))

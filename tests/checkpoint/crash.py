@@ -107,14 +107,16 @@ def verified_step(checkpoints: Path) -> int:
 
 def kill_once(directory: Path, ranks: int, width: int, chance: random.Random) -> Killed:
     """Start the job, kill a rank, wait for the others, look at the latest checkpoint."""
+    from harness import warm
     from harness.mpirun import ROOT, clean_environment, launcher
 
     (directory / "board").write_bytes(bytes(8 * _FIELDS * ranks))
     told = board(directory / "board", ranks)
-    command = [*launcher(ranks), sys.executable, __file__, "--job", directory, "--width", width]
+    arguments = [__file__, "--job", str(directory), "--width", str(width)]
+    command = [*launcher(ranks), *warm.program(arguments, clean_environment())]
     with open(directory / "output", "wb") as output:
         job = subprocess.Popen(
-            list(map(str, command)),
+            command,
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ import pytest
 from mpi4py import MPI
 
 _LATE = 5.0  # seconds after which a rank that waits for the others shows why its own test failed
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 5e-5, 5e-4  # seconds between looks for the others
 _GRACE = 2.0  # seconds in which the other ranks may show their stacks, too
 _MACHINERY = frozenset({"_pytest", "pytest", "pluggy", "<frozen runpy>"})
 
@@ -72,8 +73,9 @@ class RankAgreement:
         request = self._comm.Iallgather(own, all_ranks)
         start, told = time.monotonic(), False
         while not request.Test():
-            time.sleep(0.0005)
-            if not told and mine.outcome == "failed" and time.monotonic() - start > _LATE:
+            waited = time.monotonic() - start
+            time.sleep(min(max(waited / 8, _SHORTEST_SLEEP), _LONGEST_SLEEP))
+            if not told and mine.outcome == "failed" and waited > _LATE:
                 self._write(f"{mine.stage} failed here, other ranks go on\n{mine.text}")
                 told = True
         return bool((all_ranks == own).all())

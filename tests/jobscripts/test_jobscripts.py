@@ -43,6 +43,8 @@ def settings(out, steps):
         "CPU_BIND": "none",
         "ZEROMPI": f"{sys.executable} -m zerompi",
         "MPIEXEC": shutil.which("mpiexec", path=Path(sys.executable).parent) or "mpiexec",
+        # All nodes are this machine, which srun does not tell Open MPI: its ranks share cores.
+        "OMPI_MCA_mpi_yield_when_idle": "1",
     }
 
 

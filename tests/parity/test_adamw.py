@@ -6,22 +6,17 @@ import pytest
 import torch
 
 import zerompi
-from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, host_may_touch
+from harness.memory import HAS_DEVICE, WITHOUT_DEVICE
 from models import CASES, build
 from test_device_memory import build_on_device, losses_of
 from zerompi import adamw, device
 
+pytestmark = pytest.mark.placed
 on_device = pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
 PLACES = [
     pytest.param(build, id="host"),
     pytest.param(build_on_device, id="device", marks=on_device),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _open_pages(monkeypatch):
-    with host_may_touch(monkeypatch):
-        yield
 
 
 def made(make, kind, seed=7, **options):

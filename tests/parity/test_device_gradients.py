@@ -6,19 +6,13 @@ import pytest
 import torch
 
 import zerompi
-from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, host_may_touch
+from harness.memory import HAS_DEVICE, WITHOUT_DEVICE
 from models import CASES, build, own_slice
 from test_device_memory import build_on_device
 from zerompi import device, gradient_norms, gradients
 from zerompi.gradients import named
 
-pytestmark = pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def _open_pages(monkeypatch):
-    with host_may_touch(monkeypatch):
-        yield
+pytestmark = [pytest.mark.placed, pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)]
 
 
 def backward(comm, case, model):

@@ -9,25 +9,14 @@ import pytest
 import torch
 
 import zerompi
-from harness.memory import HAS_DEVICE, ON_DEVICE, WITHOUT_DEVICE, host_may_touch, move
+from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, move
 from models import CASES, build, own_slice
-from zerompi import api, device
+from zerompi import device
 from zerompi.gradients import named
 
-pytestmark = pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
+pytestmark = [pytest.mark.placed, pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)]
 
 STAGES = [0, 1, 2, 3]
-
-
-@pytest.fixture(autouse=True)
-def _open_pages(monkeypatch):
-    """A test says itself where each of its models lies."""
-    monkeypatch.setattr(zerompi, "partition", api.partition)
-    if ON_DEVICE:  # they are open already
-        yield
-        return
-    with host_may_touch(monkeypatch):
-        yield
 
 
 def build_on_device(case, optimizer="adamw", seed=7):

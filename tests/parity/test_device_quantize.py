@@ -6,18 +6,12 @@ import pytest
 import torch
 
 import zerompi
-from harness.memory import HAS_DEVICE, WITHOUT_DEVICE, host_may_touch
+from harness.memory import HAS_DEVICE, WITHOUT_DEVICE
 from models import CASES, build, one_each
 from test_device_memory import build_on_device, losses_of
 from zerompi import Quantize, device
 
-pytestmark = pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def _open_pages(monkeypatch):
-    with host_may_touch(monkeypatch):
-        yield
+pytestmark = [pytest.mark.placed, pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)]
 
 
 def topology_of(comm, layout):

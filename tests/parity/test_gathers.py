@@ -45,7 +45,7 @@ class Nested(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.groups = nn.ModuleList(nn.ModuleList(Block(20, 2) for _ in range(3)) for _ in range(2))
+        self.groups = nn.ModuleList(nn.ModuleList(Block(20, 2) for _ in range(2)) for _ in range(2))
         self.gains = nn.ParameterList(nn.Parameter(torch.ones(20)) for _ in range(2))
 
     def forward(self, x):
@@ -67,7 +67,7 @@ class Outer(nn.Module):
         return self.inner(x) * self.scale
 
 
-def train(model, optimizer, comm, steps=4, zero=None):
+def train(model, optimizer, comm, steps=3, zero=None):
     generator = torch.Generator().manual_seed(3)
     for _ in range(steps):
         x, y = torch.randn(2, 12, 5, 20, generator=generator)
@@ -134,6 +134,7 @@ BETWEEN_NODES = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.mpi(min_size=4)
 @pytest.mark.parametrize("memory", ["1", "0"])
 @pytest.mark.parametrize("passes", [1, 3])
@@ -216,7 +217,8 @@ def test_each_unit_is_gathered_ahead_once_its_order_is_known(comm, topology, mon
 @pytest.mark.mpi(min_size=2)
 def test_small_units_are_gathered_together(comm, topology):
     torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(160)])
+    count = 64
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(count)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with zerompi.partition(
         model, optimizer, units=list(model), comm=comm, topology=topology
@@ -228,7 +230,8 @@ def test_small_units_are_gathered_together(comm, topology):
             optimizer.zero_grad()
             headers.append(sum(zero.report().traffic["header"].values()))
     if zero.num_copies > 1:
-        assert headers[1] == headers[2] <= headers[0] - 16 * (comm.size - 1) * 250
+        # At first two headers for each unit, in forward and in backward.
+        assert headers[1] == headers[2] <= headers[0] - 16 * (comm.size - 1) * 2 * count * 3 // 4
 
 
 class Switching(nn.Module):
@@ -245,6 +248,7 @@ class Switching(nn.Module):
         return x
 
 
+@pytest.mark.cover(1)  # when units are gathered, and where they lie
 @pytest.mark.parametrize("part", [0, 0.5, 1])
 def test_passes_that_leave_the_known_order_are_right(comm, topology, monkeypatch, part):
     monkeypatch.setattr(place, "_GATHER_PART", part)

@@ -105,6 +105,7 @@ def test_any_layout_loads_what_any_layout_wrote(comm, shared, written_as, name):
     """Frozen and tied parameters among them; saved again, the same bytes.
 
     What is frozen has no main weights: it is rounded to the dtype of the parameters of each layout.
+    Each pair of layouts is tried with one of the models, by turns.
     """
     if written_as not in layouts(comm):
         pytest.skip("needs an even number of ranks")
@@ -115,7 +116,10 @@ def test_any_layout_loads_what_any_layout_wrote(comm, shared, written_as, name):
     with zerompi.partition(model, optimizer, comm=comm, **layouts(comm)[written_as]) as zero:
         steps(comm, case, model, optimizer, range(2))
         zero.save(shared / "a")
+    turn = list(layouts(comm)).index(written_as) + (name == "lora")
     for number, (read_as, options) in enumerate(layouts(comm).items()):
+        if (turn + number) % 2:
+            continue
         model, optimizer = build(case, seed=99)
         with zerompi.partition(model, optimizer, comm=comm, **options) as zero:
             zero.load(shared / "a")
