@@ -307,8 +307,8 @@ class Segment:
     @property
     def refresh_gathers(self) -> bool:
         """Whether `refresh` moves what other ranks have stepped."""
-        is_whole = self.is_main_replicated or self.context.shard_group.size == 1
-        if is_whole or not self.is_resident:
+        is_alone = self.context.shard_group.size == 1
+        if self.is_main_replicated or is_alone or not self.is_resident:
             return False
         return not (self.is_node_copy and self.context.is_single_node)
 
@@ -343,7 +343,8 @@ class Segment:
             return
         if self.is_resident and self.context.stage.parameter is Placement.SHARD:
             self.hide()
-            self.shard = self.shard.clone() if self.is_node_copy else self.shard
+            if self.is_node_copy:
+                self.shard = self.shard.clone()
             self.full = None
         else:
             self.full = self.full.clone()
