@@ -12,9 +12,10 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
+from typing import Protocol
 
 import torch
 from mpi4py import MPI
@@ -30,11 +31,22 @@ _M_ARENA_MAX = -8  # of mallopt(3) of the GNU C library
 _log = logging.getLogger("zerompi")
 
 
+class Agreement(Protocol):
+    """What work finds out first: whether all ranks are about to do it. See `collectives/headers.py`."""
+
+    def begin(self) -> bool:
+        """Tell the other ranks already now; whether that has been possible."""
+
+    def cancel(self) -> None:
+        """The work will not be done."""
+
+
 class Ticket:
     """One piece of work in the queue.
 
     Args:
         work: what to do.
+        agreements: all those of its ranks that it will finish, in order, if these are known.
         on_raise: called when `wait` raises what went wrong.
         handover: with device buffers and another thread, what keeps their streams in order.
     """
@@ -42,14 +54,26 @@ class Ticket:
     def __init__(
         self,
         work: Callable[[], None],
+        agreements: Sequence[Agreement],
         on_raise: Callable[[], None],
         handover: device.Handover | None,
     ) -> None:
         self._work = work
+        self._agreements = agreements
+        self.is_announced = False  # whether no other rank has to wait for what this one agrees to
         self._on_raise = on_raise
         self._handover = handover
         self._done = threading.Event()
         self.error: BaseException | None = None
+
+    def announce(self) -> None:
+        """Begin the agreements."""
+        self.is_announced = bool(self._agreements) and all(a.begin() for a in self._agreements)
+
+    def retract(self) -> None:
+        """The work will not be done, or not to its end."""
+        for agreement in self._agreements:
+            agreement.cancel()
 
     @property
     def is_done(self) -> bool:
@@ -106,6 +130,9 @@ class CommThread:
     and what is submitted until the error has been raised: where a ticket of these, or the end of the
     queue, is waited for.
 
+    Work is *announced* to the other ranks when it is submitted, unless what is in the queue before it has
+    yet to agree on something. So ranks agree on it while the data of earlier work travels.
+
     Args:
         is_wanted: whether there is anything to overlap; else, or where MPI does not allow several
             threads to call it, all work is done at once by the caller.
@@ -119,6 +146,7 @@ class CommThread:
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self._is_busy = False
+        self._unannounced = 0  # pieces of work in the queue or under way
         self._afterwards: list[Callable[[], None]] = []
         if is_wanted and _is_possible():
             _share_heap()
@@ -130,12 +158,15 @@ class CommThread:
         """Whether work is done beside the caller's."""
         return self._thread is not None
 
-    def submit(self, work: Callable[[], None]) -> Ticket:
-        """Queue `work`; it is done after everything that was submitted before."""
+    def submit(self, work: Callable[[], None], agreements: Sequence[Agreement] = ()) -> Ticket:
+        """Queue `work`; it is done after everything that was submitted before.
+
+        `agreements`: all that it will finish, in order; none if these are not known yet.
+        """
         if self._thread is None:
             work()
             return _DONE
-        ticket = Ticket(work, self._forget_error, device.hand_over())
+        ticket = Ticket(work, agreements, self._forget_error, device.hand_over())
         with self._changed:
             if self._is_closed:
                 raise ZerompiError("this partition is closed")
@@ -143,6 +174,9 @@ class CommThread:
             if self._error is not None:
                 ticket.end(self._error)
             else:
+                if not self._unannounced:
+                    ticket.announce()
+                self._unannounced += not ticket.is_announced
                 self._queue.append(ticket)
                 self._changed.notify()
         return ticket
@@ -197,20 +231,23 @@ class CommThread:
                 ticket = self._queue.popleft()
                 self._is_busy = True
             error = ticket.run()
-            rest = [] if error is None else self._break(error)
+            ended = [ticket] if error is None else [ticket, *self._break(ticket, error)]
             with self._changed:
                 self._is_busy = False
+                self._unannounced -= sum(not each.is_announced for each in ended)
                 while self._afterwards and not self._queue:
                     self._afterwards.pop(0)()
-            for ended in (ticket, *rest):
-                ended.end(error)
+            for each in ended:
+                each.end(error)
 
-    def _break(self, error: BaseException) -> list[Ticket]:
-        """Accept nothing until `error` has been raised; return what was queued."""
+    def _break(self, ticket: Ticket, error: BaseException) -> list[Ticket]:
+        """Accept nothing until `error` of `ticket` has been raised; return what was queued."""
         with self._changed:
             self._error = error
             rest = list(self._queue)
             self._queue.clear()
+            for each in (ticket, *rest):
+                each.retract()
         return rest
 
 

@@ -56,12 +56,19 @@ class Gather:
         self._slot: Slot | None = None
         self._slot_number = self._take_slot(slot_number)
         self._ticket: Ticket | None = None
+        self._segments = [segment for unit in units for segment in unit.segments]
+        self._what = f"all-gather of the parameters of {', '.join(unit.name for unit in units)}"
+        group = context.world
+        if context.node_group and all(segment.is_cached for segment in self._segments):
+            group = context.node_group
+        self._agreement = group.start_agreement(self._what, self._slot_number)
         for unit in units:
             unit.gather = self
         if ahead:
             context.ahead.append(self)
+            known = () if context.attendance.is_open else (self._agreement,)
             try:
-                self._ticket = context.thread.submit(self._run)
+                self._ticket = context.thread.submit(self._run, known)
             except BaseException:
                 self._release_all()
                 raise
@@ -80,19 +87,15 @@ class Gather:
     # -- communication -------------------------------------------------------------------------
 
     def _run(self) -> None:
-        context, names = self._context, ", ".join(unit.name for unit in self.units)
+        context = self._context
         with context.times.phase("all_gather"):
-            segments = [segment for unit in self.units for segment in unit.segments]
-            group, what = context.world, f"all-gather of the parameters of {names}"
             context.attendance.announce(
-                what, "gather", [unit.name for unit in self.units], self._slot_number
+                self._what, "gather", [unit.name for unit in self.units], self._slot_number
             )
-            if context.node_group and all(segment.is_cached for segment in segments):
-                group = context.node_group
-            numbers = group.agree(what, self._slot_number)
+            numbers = self._agreement.finish()
             if self._slot_number == 0 or len(set(numbers)) > 1:
                 self._leave_slot()
-            self._fill(segments, self._places(segments))
+            self._fill(self._segments, self._places(self._segments))
 
     def _leave_slot(self) -> None:
         if self._slot is not None and self._slot.user is self:

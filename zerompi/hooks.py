@@ -35,7 +35,7 @@ from zerompi.forwards import Forwards
 from zerompi.nested import map_arguments, map_tensors
 from zerompi.precision import LossScaler
 from zerompi.saved import SavedParameters
-from zerompi.schedule import Accumulation, Gathers, Reductions, Refreshes
+from zerompi.schedule import Accumulation, Gathers, MeanScale, Reductions, Refreshes
 from zerompi.segment import Segment
 from zerompi.unit import Unit, UnitState
 
@@ -80,6 +80,7 @@ class Hooks:
         self.context = context
         self.scaler = scaler
         self.accumulation = Accumulation(context)
+        self.gradient_scale = MeanScale(self.accumulation, scaler)
         self.gathers = Gathers(context)
         self.reductions = Reductions(units, context)
         self.refreshes = refreshes
@@ -184,16 +185,6 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def gradient_scale(self) -> float:
-        """What a sum of gradients is multiplied by: the mean over ranks and passes, and no loss scale.
-
-        Collective if passes are weighted.
-        """
-        divisor = self.accumulation.divisor()
-        if self.scaler is not None:
-            divisor *= self.scaler.scale
-        return 1.0 / divisor
 
     # -- forward -------------------------------------------------------------------------------
 

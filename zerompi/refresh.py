@@ -27,13 +27,15 @@ class Refresh:
     def __init__(self, unit: Unit, context: Context) -> None:
         self._unit = unit
         self._context = context
-        self._ticket = context.thread.submit(self._run)
+        self._agreement = unit.refresh_agreement()
+        known = () if self._agreement is None else (self._agreement,)
+        self._ticket = context.thread.submit(self._run, known)
         context.ahead.append(self)
         unit.hide(self)
 
     def _run(self) -> None:
         with self._context.times.phase("refresh"):
-            self._unit.refresh()
+            self._unit.refresh(self._agreement)
 
     def finish(self, unit: Unit) -> None:
         """Wait until the parameters are up to date; raise what went wrong, also to whoever asks again."""

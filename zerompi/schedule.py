@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from math import fsum
 from typing import NamedTuple
 
@@ -11,9 +11,10 @@ from zerompi.context import Context
 from zerompi.errors import ZerompiError
 from zerompi.gather import Gather
 from zerompi.place import assign_regions
+from zerompi.precision import LossScaler
 from zerompi.refresh import Refresh
 from zerompi.regions import Slot
-from zerompi.unit import Unit, UnitState
+from zerompi.unit import GradientScale, Unit, UnitState
 
 
 class Accumulation:
@@ -61,6 +62,12 @@ class Accumulation:
         self._weights.clear()
         self._divisor = None
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether passes count by what they were a mean over."""
+        weights = (*self._weights, self.weight)
+        return self._context.attendance.is_open or any(weight is not None for weight in weights)
+
     def divisor(self) -> float:
         """What the sum of all ranks' gradients is divided by. Collective if passes are weighted.
 
@@ -71,22 +78,42 @@ class Accumulation:
             ZerompiError: no rank has samples.
         """
         attendance, world = self._context.attendance, self._context.world
-        weights = [*self._weights, self.weight]
-        if not attendance.is_open and not any(weight is not None for weight in weights):
+        if not self.is_weighted:
             return float(world.size * self.count)
         if self._divisor is None:
+            weights = [*self._weights, self.weight]
             own = fsum(1.0 if weight is None else weight for weight in weights)
             if attendance.is_following:
                 own = 0.0
             elif self.expected is None:
                 own /= len(weights)
-            everyone = world.agree("weights of the gradients", _as_bits(own))
+            everyone = world.gather_words(_as_bits(own))
             self._divisor = fsum(map(_from_bits, everyone))
             if not self._divisor:
                 raise ZerompiError(
                     "weighted: expected samples on some rank, got a weight of 0 on all"
                 )
         return self._divisor
+
+
+class MeanScale:
+    """What a sum of gradients is multiplied by: the mean over ranks and passes, and no loss scale."""
+
+    def __init__(self, accumulation: Accumulation, scaler: LossScaler | None) -> None:
+        self._accumulation = accumulation
+        self._scaler = scaler
+
+    @property
+    def is_weighted(self) -> bool:
+        """See `GradientScale`."""
+        return self._accumulation.is_weighted
+
+    def __call__(self) -> float:
+        """See `GradientScale`."""
+        divisor = self._accumulation.divisor()
+        if self._scaler is not None:
+            divisor *= self._scaler.scale
+        return 1.0 / divisor
 
 
 def _as_bits(value: float) -> int:
@@ -282,14 +309,14 @@ class Reductions:
         self._ready: dict[Unit, None] = {}  # in the order in which they came
         self._next = 0
 
-    def ready(self, unit: Unit, scale: Callable[[], float]) -> None:
+    def ready(self, unit: Unit, scale: GradientScale) -> None:
         """Note that `unit` has all its gradients; reduce what may be reduced now."""
         self._ready[unit] = None
         while self._next < len(self.order) and self.order[self._next] in self._ready:
             self._next += 1
             self.order[self._next - 1].reduce(scale)
 
-    def finish(self, scale: Callable[[], float]) -> None:
+    def finish(self, scale: GradientScale) -> None:
         """Reduce everything that is left at the end of a backward pass. Collective over the world."""
         for unit in self.order[self._next :]:
             unit.reduce(scale)

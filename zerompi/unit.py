@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from zerompi.collectives.headers import Agreement
 from zerompi.comm_thread import Ticket
 from zerompi.context import Context
 from zerompi.errors import ZerompiError
@@ -22,6 +24,21 @@ from zerompi.units import UnitPlan
 
 _FLAGS_PER_HEADER = 63
 _UNREADABLE = 1 << 63  # the flag of a rank with a bucket that the others of its node cannot read
+
+
+class GradientScale(Protocol):
+    """What a sum of gradients is multiplied by.
+
+    Attributes:
+        is_weighted: whether ranks have to exchange weights to know it.
+    """
+
+    @property
+    def is_weighted(self) -> bool:
+        """See the class."""
+
+    def __call__(self) -> float:
+        """Collective if weighted."""
 
 
 class UnitState(Enum):
@@ -93,15 +110,23 @@ class Unit:
                 segment.install()
         self.state = UnitState.UNSHARDED
 
-    def refresh(self, *, everything: bool = False) -> None:
+    def refresh_agreement(self, *, everything: bool = False) -> Agreement | None:
+        """What `refresh` finishes first; None where nothing moves."""
+        segments = self.segments if everything else self.trainable
+        if not any(segment.refresh_gathers for segment in segments):
+            return None
+        return self.context.world.start_agreement(f"refresh of the parameters of {self.name}")
+
+    def refresh(self, agreement: Agreement | None = None, *, everything: bool = False) -> None:
         """Bring the parameters up to date with the main weights. Collective over the world.
 
-        Those that are trained; with `everything` the frozen ones, too.
+        Those that are trained; with `everything` the frozen ones, too. `agreement`: from
+        `refresh_agreement`, where it was made before.
         """
-        segments = self.segments if everything else self.trainable
-        if any(segment.refresh_gathers for segment in segments):
-            self.context.world.agree(f"refresh of the parameters of {self.name}")
-        for segment in segments:
+        agreement = agreement or self.refresh_agreement(everything=everything)
+        if agreement is not None:
+            agreement.finish()
+        for segment in self.segments if everything else self.trainable:
             segment.refresh()
             if everything:
                 segment.gradients.forget_residuals()
@@ -175,7 +200,7 @@ class Unit:
         """Whether the running backward pass has brought all gradients that are expected of it."""
         return all(gradients.collected >= gradients.expected for gradients in self.gradients)
 
-    def reduce(self, scale: Callable[[], float]) -> None:
+    def reduce(self, scale: GradientScale) -> None:
         """Reduce the gradients of all ranks and install them; nothing moves if no rank has any.
 
         Collective over the world: the communication thread does it, `settle` waits for it. A
@@ -183,8 +208,14 @@ class Unit:
         are here, what the sum is multiplied by.
         """
         self.settle()
-        readable = all(gradients.is_readable() for gradients in self.gradients)
-        self._reduction = self.context.thread.submit(partial(self._reduce, scale, readable))
+        what = f"reduction of the gradients of {self.name}"
+        if scale.is_weighted:
+            what += ", weighted"
+        agreements = self._agreements_on_use(what)
+        self._reduction = self.context.thread.submit(
+            partial(self._reduce, what, agreements, scale),
+            () if self.context.attendance.is_open else agreements,
+        )
 
     def settle(self) -> None:
         """Wait until a reduction that was started is done."""
@@ -198,18 +229,17 @@ class Unit:
             self._reduction.abandon()
             self._reduction = None
 
-    def _reduce(self, make_scale: Callable[[], float], readable: bool) -> None:
-        what = f"reduction of the gradients of {self.name}"
+    def _reduce(self, what: str, agreements: Sequence[Agreement], scale: GradientScale) -> None:
         self.context.attendance.announce(what, "reduce", self.name)
         with self.context.times.phase("reduce"):
-            scale = make_scale()
-            used, in_place = self._used_anywhere(what, readable)
+            used, in_place = self._used_anywhere(agreements)
+            factor = scale()
             start = 0
             for gradients in self.gradients:
                 part = used[start : start + len(gradients.present)]
                 start += len(gradients.present)
                 if any(part):
-                    gradients.reduce(part, scale, in_place=in_place)
+                    gradients.reduce(part, factor, in_place=in_place)
             self._release_regions(was_read=in_place and any(used))
 
     def discard_gradients(self) -> None:
@@ -226,25 +256,35 @@ class Unit:
                 if gradients.region is not None:
                     gradients.region.release(self, was_read=was_read)
 
-    def _used_anywhere(self, what: str, readable: bool) -> tuple[list[bool], bool]:
-        """For each trainable parameter, whether any rank has a gradient for it; `what` comes next.
+    def _agreements_on_use(self, what: str) -> list[Agreement]:
+        """Headers that tell which trainable parameters have a gradient on this rank; `what` comes next.
 
-        And whether the ranks of every node can read each other's buckets, if `readable` tells that
-        of this one's.
+        And whether the other ranks of its node can read its bucket.
         """
+        readable = all(gradients.is_readable() for gradients in self.gradients)
         present = [flag for gradients in self.gradients for flag in gradients.present]
-        used: list[bool] = []
+        agreements = []
         for start in range(0, len(present), _FLAGS_PER_HEADER):
             part = present[start : start + _FLAGS_PER_HEADER]
             flags = sum(1 << bit for bit, flag in enumerate(part) if flag)
+            flags |= 0 if readable else _UNREADABLE
+            agreements.append(self.context.world.start_agreement(what, flags))
+        return agreements
+
+    def _used_anywhere(self, agreements: Sequence[Agreement]) -> tuple[list[bool], bool]:
+        """For each trainable parameter, whether any rank has a gradient for it.
+
+        And whether the ranks of every node can read each other's buckets.
+        """
+        used: list[bool] = []
+        in_place = True
+        for agreement in agreements:
             union = 0
-            for others in self.context.world.agree(
-                what, flags if readable else flags | _UNREADABLE
-            ):
-                union |= others
-            readable = not union & _UNREADABLE
-            used.extend(bool(union >> bit & 1) for bit in range(len(part)))
-        return used, readable
+            for flags in agreement.finish():
+                union |= flags
+            in_place = in_place and not union & _UNREADABLE
+            used.extend(bool(union >> bit & 1) for bit in range(_FLAGS_PER_HEADER))
+        return used, in_place
 
     @contextmanager
     def main_weights(self) -> Iterator[None]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from hashlib import blake2b
 from typing import Literal, NoReturn, cast
 
 import numpy as np
@@ -16,6 +14,7 @@ from zerompi.activity import Wait
 from zerompi.collectives import choice
 from zerompi.collectives.buffer import allocate
 from zerompi.collectives.disagreement import disagreement
+from zerompi.collectives.headers import Agreement, FenceHeaders, Headers, MessageHeaders
 from zerompi.collectives.node import Node
 from zerompi.collectives.shared import SharedNode, open_node
 from zerompi.collectives.transport import Transport, choose
@@ -33,6 +32,7 @@ Messages = Sequence[tuple[int, Flat]]
 _MAX_MESSAGE_NBYTES = 1 << 30  # well below 2^31, where some MPI libraries' counts end
 _PEERS_IN_FLIGHT = 32
 _HEADER_NBYTES = 16
+_WORD_NBYTES = 8
 
 
 class Group:
@@ -49,6 +49,7 @@ class Group:
 
     Attributes:
         comm: the private duplicate.
+        headers: how they exchange headers; None for one rank.
         node: the memory that they share; None where ranks of a node reach each other by messages.
         node_comm: the ranks of this rank's node.
         inter_node_comm: the ranks with this rank's position on all nodes.
@@ -112,12 +113,16 @@ class Group:
         self.space = HOST
         self._transport: Transport | None = None
         self._levels = [self._level(peer) for peer in range(self.size)]
-        self._headers = np.empty((self.size, 2), dtype=np.uint64)
         # All ranks of a node wait at once: a group made by split has the answer of the whole.
         self.polls = has_spare_cores(self.node_comm) if polls is None else polls
         self.node: SharedNode | None = None
         if layout.num_nodes < layout.size and (layout.is_single_node or algorithm != "flat"):
             self.node = open_node(comm, self.node_comm, self._progress, self._wait)
+        self.headers: Headers | None = None
+        if self.node is not None and layout.is_single_node:
+            self.headers = FenceHeaders(self.node.fence)
+        elif self.size > 1:
+            self.headers = MessageHeaders(self)
         self._flat_limits: dict[str, int] = {}
         if is_free and algorithm == "hierarchical":
             shared = self.node is not None
@@ -209,49 +214,37 @@ class Group:
             MismatchError: ranks have different signatures; raised on all, naming all.
             ZerompiError: the group is closed.
         """
-        self._check_open()
-        if self.size == 1:
-            return (flags,)
-        self._wait.what = signature or "what the others do"
-        self._wait.number += 1
-        headers = self._exchange_headers(0 if signature is None else _digest(signature), flags)
-        if len({digest for digest, _ in headers} - {0}) > 1:
-            raise disagreement(self.comm, signature or "nothing of its own")
-        return tuple(flags for _, flags in headers)
+        return self.start_agreement(signature, flags).finish()
 
-    def _exchange_headers(self, digest: int, flags: int) -> Sequence[tuple[int, int]]:
+    def start_agreement(self, signature: str | None, flags: int = 0) -> Agreement:
+        """The same in two steps: what this returns may `begin`, has to `finish`, and others may lie between.
+
+        All ranks begin the agreements of a group in one order, and finish them in that order.
+        """
+        self._check_open()
+        return Agreement(self, signature, flags)
+
+    def note_agreement(self, what: str) -> None:
+        """An agreement is being finished: count its bytes, and tell the watchdog what comes next."""
+        self._wait.what = what
+        self._wait.number += 1
+        self._count_to_all(_HEADER_NBYTES)
+
+    def gather_words(self, word: int) -> list[int]:
+        """64 bits of each rank, where all ranks have agreed to exchange them. Collective, unchecked."""
+        if self.size == 1:
+            return [word]
+        self._count_to_all(_WORD_NBYTES)
+        if isinstance(self.headers, FenceHeaders):
+            return [flags for _, flags in self.headers.meet(0, word)]
+        words = np.empty(self.size, dtype=np.uint64)
+        self.wait_for([self.comm.Iallgather(np.array([word], dtype=np.uint64), words)])
+        return cast("list[int]", words.tolist())
+
+    def _count_to_all(self, nbytes: int) -> None:
         for peer, level in enumerate(self._levels):
             if peer != self.rank:
-                self.traffic.add("header", level, _HEADER_NBYTES)
-        if self.node is not None and self.topology.is_single_node:
-            fence = self.node.fence
-            number = fence.arrive(digest, flags)
-            fence.wait(number)
-            return fence.headers(number)
-        if self.node is not None:
-            self._exchange_between_nodes(self.node, digest, flags)
-        else:
-            own = np.array([digest, flags], dtype=np.uint64)
-            with self._wait:
-                wait_all([self.comm.Iallgather(own, self._headers)], polls=self.polls)
-        return cast("list[tuple[int, int]]", self._headers.tolist())
-
-    def _exchange_between_nodes(self, node: SharedNode, digest: int, flags: int) -> None:
-        """Fill `_headers`: the first rank of each node exchanges what its node brings, others sleep."""
-        ranks_of_node = self.topology.ranks_of_node
-        number = node.fence.arrive(digest, flags)
-        node.fence.wait(number)
-        board = node.board(self.size)
-        if node.comm.rank == 0:
-            own = np.array(node.fence.headers(number), dtype=np.uint64)
-            counts = [2 * len(ranks) for ranks in ranks_of_node]
-            everyone = np.empty((self.size, 2), dtype=np.uint64)
-            with self._wait:
-                request = self.inter_node_comm.Iallgatherv(own, [everyone, counts])
-                wait_all([request], polls=self.polls)
-            board[[rank for ranks in ranks_of_node for rank in ranks]] = everyone
-        node.fence.cross()
-        self._headers[:] = board
+                self.traffic.add("header", level, nbytes)
 
     # -- data ----------------------------------------------------------------------------------
 
@@ -307,13 +300,14 @@ class Group:
         first = post(waves[0]) if waves else []
 
         def finish() -> None:
-            self._wait_for(first)
+            self.wait_for(first)
             for wave in waves[1:]:
-                self._wait_for(post(wave))
+                self.wait_for(post(wave))
 
         return finish
 
-    def _wait_for(self, requests: Sequence[MPI.Request]) -> None:
+    def wait_for(self, requests: Sequence[MPI.Request]) -> None:
+        """Wait until messages have been sent and received."""
         with self._wait:
             wait_all(requests, polls=self.polls)
 
@@ -369,6 +363,8 @@ class Group:
                 self._transport.node.close()
             if self.node is not None:
                 self.node.close()
+            if isinstance(self.headers, MessageHeaders):
+                self.headers.close()
             if self._watch is not None:
                 self._watch.close()
             for comm in (self.inter_node_comm, self.node_comm, self.comm):
@@ -414,8 +410,3 @@ def _parts(flat: Flat) -> list[MPI.buffer]:
         return [data]
     starts = range(0, data.nbytes, _MAX_MESSAGE_NBYTES)
     return [data[start : start + _MAX_MESSAGE_NBYTES] for start in starts]
-
-
-@lru_cache(maxsize=4096)
-def _digest(signature: str) -> int:
-    return int.from_bytes(blake2b(signature.encode(), digest_size=8).digest(), "little")

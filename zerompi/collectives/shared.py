@@ -10,17 +10,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 from mpi4py import MPI
-from numpy.typing import NDArray
 from torch import Tensor
 
 from zerompi.collectives.fence import RANK_NBYTES, Fence
 from zerompi.memory import Flat
 
 PAGE_NBYTES = 4096
-_HEADER_NBYTES = 16
 STAGING_NBYTES = 4 << 20  # of each rank and half
 _SWITCH = "ZEROMPI_SHARED_MEMORY"
 # We take at most this part of what is free: of the machine's shared memory, and, where the process has
@@ -91,14 +88,11 @@ class SharedNode:
     def __init__(
         self,
         comm: MPI.Intracomm,
-        num_ranks: int,
         progress: Callable[[], object],
         asleep: AbstractContextManager[object],
     ) -> None:
         self.comm = comm
-        nbytes = [RANK_NBYTES] * comm.size
-        nbytes[-1] += num_ranks * _HEADER_NBYTES
-        self._window = Window(comm, nbytes)
+        self._window = Window(comm, [RANK_NBYTES] * comm.size)
         self._window.parts(0, RANK_NBYTES, torch.uint8)[comm.rank].zero_()
         comm.Barrier()
         self.fence = Fence(
@@ -106,12 +100,6 @@ class SharedNode:
         )
         self.half = 0
         self._staging: Window | None = None
-
-    def board(self, num_ranks: int) -> NDArray[np.uint64]:
-        """Where the headers of the ranks of all nodes stand for everybody: (num_ranks, 2)."""
-        start = self.comm.size * RANK_NBYTES
-        stop = start + num_ranks * _HEADER_NBYTES
-        return self._window.bytes[start:stop].numpy().view(np.uint64).reshape(num_ranks, 2)
 
     def rows(self, half: int, slots: int, nbytes: int) -> list[list[Flat]]:
         """Of each rank, `slots` pieces of `nbytes` in one of two halves of its staging memory. Collective."""
@@ -149,7 +137,7 @@ def open_node(
     reachable.Free()
     possible = possible and has_room((RANK_NBYTES + 2 * STAGING_NBYTES) * node_comm.size)
     possible = bool(comm.allreduce(possible, MPI.LAND))
-    return SharedNode(node_comm, comm.size, progress, asleep) if possible else None
+    return SharedNode(node_comm, progress, asleep) if possible else None
 
 
 def has_room(nbytes: int) -> bool:
