@@ -90,3 +90,53 @@ def test_close_finishes_what_was_submitted(thread):
     thread.submit(lambda: done.append(1))
     thread.close()
     assert done == [1]
+
+
+class Announced:
+    """An agreement that notes what becomes of it."""
+
+    def __init__(self, name, events):
+        self._name, self._events = name, events
+
+    def begin(self):
+        self._events.append(f"begin {self._name}")
+        return True
+
+    def cancel(self):
+        self._events.append(f"cancel {self._name}")
+
+
+def test_work_is_announced_unless_what_comes_before_it_is_not():
+    thread = CommThread(is_wanted=True)
+    if not thread.overlaps:
+        pytest.skip("no thread")
+    gate, events = threading.Event(), []
+    thread.submit(gate.wait, [Announced("a", events)])
+    thread.submit(lambda: None, [Announced("b", events), Announced("c", events)])
+    thread.submit(lambda: None)
+    thread.submit(lambda: None, [Announced("d", events)])
+    assert events == ["begin a", "begin b", "begin c"]
+    gate.set()
+    thread.drain()
+    thread.submit(lambda: None, [Announced("e", events)])
+    thread.drain()
+    assert events[3:] == ["begin e"]
+    thread.close()
+
+
+def test_what_was_announced_is_cancelled_by_an_error():
+    thread = CommThread(is_wanted=True)
+    if not thread.overlaps:
+        pytest.skip("no thread")
+    gate, events = threading.Event(), []
+    thread.submit(gate.wait)
+    failed = thread.submit(fail, [Announced("a", events)])
+    thread.submit(lambda: None, [Announced("b", events)])
+    gate.set()
+    with pytest.raises(KeyError):
+        failed.wait()
+    assert events == ["cancel a", "cancel b"]
+    thread.submit(lambda: None, [Announced("c", events)])
+    thread.drain()
+    assert events[2:] == ["begin c"]
+    thread.close()
