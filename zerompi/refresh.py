@@ -35,7 +35,7 @@ class Refresh:
 
     def _run(self) -> None:
         with self._context.times.phase("refresh"):
-            self._unit.refresh(self._agreement)
+            self._unit.refresh(agreement=self._agreement)
 
     def finish(self, unit: Unit) -> None:
         """Wait until the parameters are up to date; raise what went wrong, also to whoever asks again."""

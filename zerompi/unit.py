@@ -117,7 +117,7 @@ class Unit:
             return None
         return self.context.world.start_agreement(f"refresh of the parameters of {self.name}")
 
-    def refresh(self, agreement: Agreement | None = None, *, everything: bool = False) -> None:
+    def refresh(self, *, everything: bool = False, agreement: Agreement | None = None) -> None:
         """Bring the parameters up to date with the main weights. Collective over the world.
 
         Those that are trained; with `everything` the frozen ones, too. `agreement`: from
