@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--part K/N`: one of N runs that together run everything; with `:DIRECTORY`, only of what is there."""
     parser.addoption(
-        "--part", default="1/1", help="run the K-th of N parts of the tests: K/N[:DIRECTORY]"
+        "--part", default="1/1", help="run some of N parts of the tests: K[+L...]/N[:DIRECTORY]"
     )
 
 
@@ -61,21 +61,27 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out cases (harness/cover.py), what needs no ranks, and the tests of other parts; all ranks alike."""
     library, size = MPI.get_vendor()[0], MPI.COMM_WORLD.size
-    way = os.environ.get("ZEROMPI_DEVICE_TRANSPORT") if ON_DEVICE else "host"
-    left_out = cases_left_out(items, f"{library}, {size} ranks, {way}")  # other ones elsewhere
     part, _, directory = config.getoption("--part").partition(":")
-    number, count = map(int, part.split("/"))
+    numbers, _, of = part.partition("/")
+    wanted, count = {int(number) - 1 for number in numbers.split("+")}, int(of)
+    divided = {
+        item for item in items if count > 1 and config.rootpath / directory in item.path.parents
+    }
+    # Other cases elsewhere; but what is divided among transports is whole only if they divide the same.
+    transport = os.environ.get("ZEROMPI_DEVICE_TRANSPORT")
+    left_out = set()
+    for some, way in (
+        ([item for item in items if item in divided], "device"),
+        ([item for item in items if item not in divided], transport),
+    ):
+        place = way if ON_DEVICE else "host"
+        left_out |= cases_left_out(some, f"{library}, {size} ranks, {place}")
     if size > 1:
         left_out |= {item for item in items if item.path.parent.name in _ON_ONE_RANK}
-    parts: list[list[pytest.Item]] = [[] for _ in range(count)]
-    for item in items:
-        is_divided = (config.rootpath / directory) in item.path.parents
-        # Not by position, which goes with the stage.
-        index = crc32(item.nodeid.encode()) % count if is_divided else number - 1
-        if item not in left_out:
-            parts[index].append(item)
-    items[:] = parts.pop(number - 1)
-    config.hook.pytest_deselected(items=[*left_out, *(item for part in parts for item in part)])
+    # Not by position, which goes with the stage.
+    elsewhere = {item for item in divided if crc32(item.nodeid.encode()) % count not in wanted}
+    config.hook.pytest_deselected(items=[*left_out, *(elsewhere - left_out)])
+    items[:] = [item for item in items if item not in left_out | elsewhere]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import pytest
@@ -32,6 +32,8 @@ IS_DEFERRED = (
 )
 ON_DEVICE = os.environ.get("ZEROMPI_TEST_MEMORY", "host") == "device"
 
+_BLOCK_NBYTES = 1 << 20
+
 
 def may_read_neighbours() -> bool:
     """Whether the environment lets the ranks of a node read each other's buffers without a message."""
@@ -45,6 +47,21 @@ def synchronise() -> None:
     import cupy
 
     cupy.cuda.get_current_stream().synchronize()
+
+
+@cache
+def _take_few_blocks() -> None:
+    """Let CuPy's pool cut what tests need from one block for each stream.
+
+    An emulator protects block by block, and there would be hundreds. Where it protects nothing each array
+    has pages of its own, so that a kernel that leaves them is noticed.
+    """
+    import cupy
+
+    device.use(0)
+    for stream in (cupy.cuda.Stream.null, device.lane().stream):
+        with stream:
+            cupy.cuda.alloc(_BLOCK_NBYTES)  # freed at once, and kept by the pool
 
 
 @contextmanager
@@ -62,6 +79,7 @@ def host_may_touch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
         return
     monkeypatch.setenv("ZEROMPI_COMM_THREAD", "0")
+    _take_few_blocks()
     ordered = device.ordered
 
     @contextmanager

@@ -28,7 +28,7 @@ IS_OPEN_MPI = MPI.get_vendor()[0] == "Open MPI"
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "32", "--batch", "4"]
 TINY += ["--eval-batches", "1", "--sample", "0", "--progress", "lines"]
 KILL_WAIT = 30  # seconds between SIGTERM and SIGKILL, as where Slurm is left as it comes
-STEPS = 300  # of runs that are interrupted: seconds
+STEPS = 150  # of runs that are interrupted: seconds
 
 pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="starts jobs of its own")
 
