@@ -21,7 +21,6 @@ def map_arguments(
 
 
 def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    # Not a closure that calls itself: what refers to itself waits for the garbage collector, and
     # A closure that calls itself would live, with the tensors that `function` knows, until Python
     # looks for garbage.
     if isinstance(value, Tensor):
