@@ -106,6 +106,12 @@ class Segment:
         ]
 
     @property
+    def own_block(self) -> Tensor:
+        """The part of `shard` that is not padding."""
+        numel = self.own.numel
+        return self.shard if numel == self.layout.shard_numel else self.shard[:numel]
+
+    @property
     def parameter_nbytes(self) -> int:
         """Bytes of parameters that are always there; of a node's copy, this rank's share."""
         if self.is_node_copy:
@@ -180,7 +186,7 @@ class Segment:
         if self.is_node_copy:
             self._set_node_copy(values)
         else:
-            self.shard[: self.own.numel].copy_(own)
+            self.own_block.copy_(own)
             if self.full is not None:
                 self.context.shard_group.fence()  # nobody reads any more
                 self.full.copy_(values)  # perhaps together with others, who write the same
@@ -226,7 +232,8 @@ class Segment:
         assert flat is not None
         for i, parameter in enumerate(self.parameters):
             parameter.data = self.view(flat, i)
-        self._versions = [parameter._version for parameter in self.parameters]
+        if self.is_node_copy:
+            self._versions = [parameter._version for parameter in self.parameters]
 
     def changed(self) -> str | None:
         """The name of a parameter in a node's copy that somebody has changed in place, if any.
@@ -260,7 +267,7 @@ class Segment:
 
     def receive(self, full: Tensor) -> None:
         """Let `full`, (padded_numel,), be the full parameters: the own block in place, the rest to come."""
-        full[self.own.start : self.own.stop].copy_(self.shard[: self.own.numel])
+        full[self.own.start : self.own.stop].copy_(self.own_block)
         self.full = full
 
     @property
