@@ -24,6 +24,14 @@ class _Place(NamedTuple):
     stride: tuple[int, ...]
 
 
+class _Pair(NamedTuple):
+    """Saved-tensor hooks, and those around which they are, or None."""
+
+    outer: Any
+    pack: Callable[[Tensor], Any]
+    unpack: Callable[[Any], Tensor]
+
+
 class SavedParameters:
     """Saved-tensor hooks around the forward of units (see `torch.autograd.graph`).
 
@@ -41,17 +49,18 @@ class SavedParameters:
     def __init__(self, units: Sequence[Unit], need: Callable[[Unit], None]) -> None:
         self._units = units
         self._need = need
-        self._hooks = _Hooks(self, None)
+        self._lasting = _Hooks(self, None).pair()
 
     def push(self) -> None:
         """Begin: from here on tensors are saved through us."""
         outer: Any = _autograd._top_saved_tensors_default_hooks(True)
-        hooks = self._hooks
-        if hooks.outer != outer:
+        pair = self._lasting
+        if pair.outer != outer:
             hooks = _Hooks(self, outer)
+            pair = hooks.pair()
             if hooks.is_lasting:
-                self._hooks = hooks
-        _autograd._push_saved_tensors_default_hooks(hooks.pack, hooks.unpack)
+                self._lasting = pair
+        _autograd._push_saved_tensors_default_hooks(pair.pack, pair.unpack)
 
     def pop(self) -> None:
         """End of what the last `push` began."""
@@ -77,8 +86,10 @@ class SavedParameters:
 class _Hooks:
     """Hooks that look for parameters, around the ones that were there before.
 
-    Attributes:
+    Args:
         outer: the latter; None if there were none.
+
+    Attributes:
         is_lasting: whether they are the same in the next forward, and hold nothing: so are ours, others may
             hold tensors.
     """
@@ -96,6 +107,9 @@ class _Hooks:
             around = getattr(self._pack_outer, "__self__", None)
             self.is_lasting = isinstance(around, _Hooks) and around.is_lasting
 
+    def pair(self) -> _Pair:
+        return _Pair(self.outer, self.pack, self.unpack)
+
     def pack(self, tensor: Tensor) -> Any:
         unit, segment = self._saved.owner_of(tensor)
         if unit is None or segment is None:
@@ -104,7 +118,7 @@ class _Hooks:
             return self._pack_outer(tensor.clone())  # more than a place
         assert segment.full is not None
         offset = (tensor.data_ptr() - segment.full.data_ptr()) // tensor.itemsize
-        return _Place(unit, segment, offset, tensor.size(), tensor.stride())
+        return _Place(unit, segment, offset, tuple(tensor.size()), tensor.stride())
 
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, _Place):
