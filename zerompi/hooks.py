@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -48,20 +47,49 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@dataclass(slots=True)
 class _Awaited:
     """The backward of one forward of a module: over when no gradient of its inputs is missing.
 
-    Attributes:
+    It is itself the hook of these inputs.
+
+    Args:
+        arrived: called with this object when a gradient has come.
         unit, module: whose backward it is.
-        missing: how many gradients are still to come.
         is_recomputed: whether another graph of the same forward counts.
+
+    Attributes:
+        missing: how many gradients are still to come.
     """
 
-    unit: Unit
-    module: nn.Module
-    missing: int
-    is_recomputed: bool
+    __slots__ = ("_arrived", "is_recomputed", "missing", "module", "unit")
+
+    def __init__(
+        self,
+        arrived: Callable[[_Awaited], None],
+        unit: Unit,
+        module: nn.Module,
+        *,
+        is_recomputed: bool,
+    ) -> None:
+        self._arrived = arrived
+        self.unit = unit
+        self.module = module
+        self.missing = 0
+        self.is_recomputed = is_recomputed
+
+    def mark(self, tensor: Tensor) -> Tensor:
+        """What the module is given instead of an input: if there is a gradient, it is awaited."""
+        if not tensor.requires_grad:
+            return tensor
+        tensor = tensor.view_as(tensor)
+        tensor.register_hook(self)
+        self.missing += 1
+        return tensor
+
+    def __call__(self, gradient: Tensor) -> None:
+        """A gradient has come."""
+        self.missing -= 1
+        self._arrived(self)
 
 
 class Hooks:
@@ -92,6 +120,10 @@ class Hooks:
         self._forwards = {unit: Forwards(unit.modules) for unit in units}
         self._idle: dict[Unit, None] = {}  # that wait here for the next of their modules
         self._saved = {unit: SavedParameters([unit], self._before_use) for unit in units}
+        self._leaves = {
+            unit: partial(self._leave, unit, partial(self._before_backward, unit)) for unit in units
+        }
+        self._arrived = self._on_input_gradient
         self._is_scaled = False
         self._handles: list[RemovableHandle] = []
         for unit in units:
@@ -202,17 +234,12 @@ class Hooks:
             return None
         self._saved[unit].push()
         forwards.running[-1] = True
-
-        inputs: list[Tensor] = []
-
-        def mark(tensor: Tensor) -> Tensor:
-            if not tensor.requires_grad:
-                return tensor
-            inputs.append(tensor.view_as(tensor))
-            return inputs[-1]
-
-        args, kwargs = map_arguments(mark, args, kwargs)
-        self._await_backward(unit, module, inputs)
+        # The graph that counts has hooks.
+        is_recomputed = in_backward() and forwards.is_open(module)
+        awaited = _Awaited(self._arrived, unit, module, is_recomputed=is_recomputed)
+        args, kwargs = map_arguments(awaited.mark, args, kwargs)
+        if awaited.missing and not is_recomputed:
+            forwards.opened(module)
         return args, kwargs
 
     def _unshard(self, unit: Unit) -> None:
@@ -233,23 +260,10 @@ class Hooks:
             else:
                 self.gathers.reshard(unit, expect_next=True)
 
-    def _await_backward(self, unit: Unit, module: nn.Module, inputs: Sequence[Tensor]) -> None:
-        """Notice when the gradients of a forward's inputs have come: its backward is over then."""
-        if not inputs:
-            return
-        forwards = self._forwards[unit]
-        # The graph that counts has hooks.
-        is_recomputed = in_backward() and forwards.is_open(module)
-        if not is_recomputed:
-            forwards.opened(module)
-        awaited = _Awaited(unit, module, len(inputs), is_recomputed)
-        for tensor in inputs:
-            tensor.register_hook(partial(self._on_input_gradient, awaited))
-
-    def _on_input_gradient(self, awaited: _Awaited, gradient: Tensor) -> None:
+    def _on_input_gradient(self, awaited: _Awaited) -> None:
+        """A gradient of a forward's input has come: when all have, its backward is over."""
         unit, module = awaited.unit, awaited.module
         forwards = self._forwards[unit]
-        awaited.missing -= 1
         if forwards.returns(module):
             self._idle.pop(unit, None)
             unit.reshard()
@@ -269,7 +283,7 @@ class Hooks:
             self._saved[unit].pop()
         unit.holds -= 1
         if self._sharded:
-            output = map_tensors(partial(self._leave, unit), output)
+            output = map_tensors(self._leaves[unit], output)
         if not in_backward():
             if forwards.end(module) or output is None:
                 self.gathers.reshard(unit, expect_next=output is not None)
@@ -277,12 +291,12 @@ class Hooks:
                 self._idle[unit] = None
         return output
 
-    def _leave(self, unit: Unit, tensor: Tensor) -> Tensor:
+    def _leave(self, unit: Unit, on_gradient: Callable[[Tensor], None], tensor: Tensor) -> Tensor:
         """What a unit returns: in memory of its own, as its parameters are about to be freed."""
         if any(segment.covers(tensor) for segment in unit.segments):
             tensor = tensor.clone()
         if tensor.requires_grad and torch.is_grad_enabled():
-            tensor.register_hook(partial(self._before_backward, unit))
+            tensor.register_hook(on_gradient)
         return tensor
 
     def _before_model(

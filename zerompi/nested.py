@@ -17,15 +17,17 @@ def map_arguments(
 
     Lists, dicts and objects are passed on as they are: the callee may change them for its caller.
     """
+    return _mapped(function, args), {key: _mapped(function, item) for key, item in kwargs.items()}
 
-    def mapped(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return function(value)
-        if type(value) is tuple:
-            return tuple(mapped(item) for item in value)
-        return value
 
-    return mapped(args), {name: mapped(value) for name, value in kwargs.items()}
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    # A closure that calls itself would live, with the tensors that `function` knows, until Python
+    # looks for garbage.
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) is tuple:
+        return tuple([_mapped(function, item) for item in value])
+    return value
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

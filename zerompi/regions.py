@@ -69,11 +69,12 @@ class Slot:
         """Tensors of these numbers of elements and dtypes, one behind the other."""
         assert self._memory is not None
         tensors, offset = [], 0
+        whole = {dtype: self._memory.view(dtype) for dtype in {dtype for _, dtype in sizes}}
         for numel, dtype in sizes:
-            stop = offset + numel * dtype.itemsize
+            start = offset // dtype.itemsize
             # .data: autograd need not know that other parts of the memory change.
-            tensors.append(self._memory[offset:stop].view(dtype).data)
-            offset = aligned(stop)
+            tensors.append(whole[dtype][start : start + numel].data)
+            offset += aligned(numel * dtype.itemsize)
         return tensors
 
 

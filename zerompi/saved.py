@@ -24,6 +24,14 @@ class _Place(NamedTuple):
     stride: tuple[int, ...]
 
 
+class _Pair(NamedTuple):
+    """Saved-tensor hooks, and those around which they are, or None."""
+
+    outer: Any
+    pack: Callable[[Tensor], Any]
+    unpack: Callable[[Any], Tensor]
+
+
 class SavedParameters:
     """Saved-tensor hooks around the forward of units (see `torch.autograd.graph`).
 
@@ -41,35 +49,24 @@ class SavedParameters:
     def __init__(self, units: Sequence[Unit], need: Callable[[Unit], None]) -> None:
         self._units = units
         self._need = need
+        self._lasting = _Hooks(self, None).pair()
 
     def push(self) -> None:
         """Begin: from here on tensors are saved through us."""
         outer: Any = _autograd._top_saved_tensors_default_hooks(True)
-        pack_outer, unpack_outer = outer or (_same, _same)
+        pair = self._lasting
+        if pair.outer != outer:
+            hooks = _Hooks(self, outer)
+            pair = hooks.pair()
+            if hooks.is_lasting:
+                self._lasting = pair
+        _autograd._push_saved_tensors_default_hooks(pair.pack, pair.unpack)
 
-        def pack(tensor: Tensor) -> Any:
-            unit, segment = self._owner_of(tensor)
-            if unit is None or segment is None:
-                return pack_outer(tensor)
-            if tensor.dtype is not segment.dtype or tensor.is_conj() or tensor.is_neg():
-                return pack_outer(tensor.clone())  # more than a place
-            assert segment.full is not None
-            offset = (tensor.data_ptr() - segment.full.data_ptr()) // tensor.itemsize
-            return _Place(unit, segment, offset, tuple(tensor.size()), tensor.stride())
+    def pop(self) -> None:
+        """End of what the last `push` began."""
+        _autograd._pop_saved_tensors_default_hooks()
 
-        def unpack(packed: Any) -> Tensor:
-            if not isinstance(packed, _Place):
-                original: Tensor = unpack_outer(packed)
-                return original
-            self._need(packed.unit)
-            full = packed.segment.full
-            assert full is not None
-            offset = int(full.storage_offset()) + packed.offset
-            return full.as_strided(packed.size, packed.stride, offset)
-
-        _autograd._push_saved_tensors_default_hooks(pack, unpack)
-
-    def _owner_of(self, tensor: Tensor) -> tuple[Unit, Segment] | tuple[None, None]:
+    def owner_of(self, tensor: Tensor) -> tuple[Unit, Segment] | tuple[None, None]:
         """The unit and the segment in whose full parameters the tensor lies."""
         if tensor.layout is torch.strided:
             for unit in self._units:
@@ -78,9 +75,55 @@ class SavedParameters:
                         return unit, segment
         return None, None
 
-    def pop(self) -> None:
-        """End of what the last `push` began."""
-        _autograd._pop_saved_tensors_default_hooks()
+    def restore(self, place: _Place) -> Tensor:
+        """The part of the full parameters that lies there."""
+        self._need(place.unit)
+        full = place.segment.full
+        assert full is not None
+        return full.as_strided(place.size, place.stride, int(full.storage_offset()) + place.offset)
+
+
+class _Hooks:
+    """Hooks that look for parameters, around the ones that were there before.
+
+    Args:
+        outer: the latter; None if there were none.
+
+    Attributes:
+        is_lasting: whether they are the same in the next forward, and hold nothing: so are ours, others may
+            hold tensors.
+    """
+
+    __slots__ = ("_pack_outer", "_saved", "_unpack_outer", "is_lasting", "outer")
+
+    def __init__(self, saved: SavedParameters, outer: Any) -> None:
+        self._saved = saved
+        self.outer = outer
+        self._pack_outer: Callable[[Tensor], Any] = _same
+        self._unpack_outer: Callable[[Any], Tensor] = _same
+        self.is_lasting = True
+        if outer is not None:
+            self._pack_outer, self._unpack_outer = outer
+            around = getattr(self._pack_outer, "__self__", None)
+            self.is_lasting = isinstance(around, _Hooks) and around.is_lasting
+
+    def pair(self) -> _Pair:
+        return _Pair(self.outer, self.pack, self.unpack)
+
+    def pack(self, tensor: Tensor) -> Any:
+        unit, segment = self._saved.owner_of(tensor)
+        if unit is None or segment is None:
+            return self._pack_outer(tensor)
+        if tensor.dtype is not segment.dtype or tensor.is_conj() or tensor.is_neg():
+            return self._pack_outer(tensor.clone())  # more than a place
+        assert segment.full is not None
+        offset = (tensor.data_ptr() - segment.full.data_ptr()) // tensor.itemsize
+        return _Place(unit, segment, offset, tuple(tensor.size()), tensor.stride())
+
+    def unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, _Place):
+            return self._saved.restore(packed)
+        return self._unpack_outer(packed)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Segment:
     Attributes:
         full: flat parameters, (padded_numel,), parameter dtype: one for all ranks of the node, or
             this rank's own. Where parameters are sharded, None between uses.
+        full_nbytes: its bytes.
         owned: per parameter, which part of it lies in `shard`.
         is_resident: whether the full parameters are always there: replicated, of a node together, or
             sharded over one rank.
@@ -69,6 +70,7 @@ class Segment:
 
         self.is_mixed = precision.param_dtype is not None and first.is_floating_point()
         self.dtype = precision.param_dtype or first.dtype if self.is_mixed else first.dtype
+        self.full_nbytes = self.layout.padded_numel * self.dtype.itemsize
         self.main_dtype = torch.float32 if self.is_mixed and self.trainable else self.dtype
         quantize = context.quantize
         self.weight_code = quantize.weight_code(self.dtype) if quantize else None
@@ -104,17 +106,18 @@ class Segment:
         ]
 
     @property
+    def own_block(self) -> Tensor:
+        """The part of `shard` that is not padding."""
+        numel = self.own.numel
+        return self.shard if numel == self.layout.shard_numel else self.shard[:numel]
+
+    @property
     def parameter_nbytes(self) -> int:
         """Bytes of parameters that are always there; of a node's copy, this rank's share."""
         if self.is_node_copy:
             return self.full_nbytes // self.context.shard_group.node_comm.size
         kept = 0 if self.secondary is None else self.secondary.nbytes
         return self.full_nbytes if self.is_resident else self.shard.nbytes + kept
-
-    @property
-    def full_nbytes(self) -> int:
-        """Bytes of the full parameters."""
-        return self.layout.padded_numel * self.dtype.itemsize
 
     def packed_nbytes(self, code: Code | None, dtype: torch.dtype) -> int:
         """Bytes of as many elements as messages have them: quantized, each shard by itself, or not."""
@@ -183,7 +186,7 @@ class Segment:
         if self.is_node_copy:
             self._set_node_copy(values)
         else:
-            self.shard[: self.own.numel].copy_(own)
+            self.own_block.copy_(own)
             if self.full is not None:
                 self.context.shard_group.fence()  # nobody reads any more
                 self.full.copy_(values)  # perhaps together with others, who write the same
@@ -229,7 +232,8 @@ class Segment:
         assert flat is not None
         for i, parameter in enumerate(self.parameters):
             parameter.data = self.view(flat, i)
-        self._versions = [parameter._version for parameter in self.parameters]
+        if self.is_node_copy:
+            self._versions = [parameter._version for parameter in self.parameters]
 
     def changed(self) -> str | None:
         """The name of a parameter in a node's copy that somebody has changed in place, if any.
@@ -263,7 +267,7 @@ class Segment:
 
     def receive(self, full: Tensor) -> None:
         """Let `full`, (padded_numel,), be the full parameters: the own block in place, the rest to come."""
-        full[self.own.start : self.own.stop].copy_(self.shard[: self.own.numel])
+        full[self.own.start : self.own.stop].copy_(self.own_block)
         self.full = full
 
     @property
@@ -295,9 +299,8 @@ class Segment:
 
     def covers(self, tensor: Tensor) -> bool:
         """Whether `tensor` lies in the full parameters that are here now."""
-        if self.full is None:
-            return False
-        return 0 <= tensor.data_ptr() - self.full.data_ptr() < self.full_nbytes
+        full = self.full
+        return full is not None and 0 <= tensor.data_ptr() - full.data_ptr() < self.full_nbytes
 
     def hide(self) -> None:
         """Leave placeholders where the parameters' values were."""

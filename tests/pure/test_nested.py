@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from zerompi.nested import map_tensors
+from zerompi.nested import map_arguments, map_tensors
 
 Pair = namedtuple("Pair", "left right")
 
@@ -100,3 +102,21 @@ def test_model_outputs_of_transformers_are_mapped():
     assert mapped.last_hidden_state.item() == mapped["last_hidden_state"].item() == 2.0
     assert [t.item() for t in mapped.hidden_states] == [2.0, 2.0]
     assert output.last_hidden_state.item() == output["last_hidden_state"].item() == 1.0
+
+
+def test_what_arguments_were_mapped_to_dies_without_the_garbage_collector():
+    def mapped():
+        results = []
+        args, kwargs = map_arguments(
+            lambda tensor: results.append(2 * tensor) or results[-1], ((one(),),), {"x": one()}
+        )
+        assert [args[0][0].item(), kwargs["x"].item()] == [2.0, 2.0]
+        return [weakref.ref(result) for result in results]
+
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        assert [result() for result in mapped()] == [None, None]
+    finally:
+        if is_enabled:
+            gc.enable()

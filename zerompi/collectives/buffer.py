@@ -6,7 +6,7 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -77,11 +77,14 @@ class Buffer:
 
 def allocate(numel: int, dtype: torch.dtype, space: Space = HOST) -> Tensor:
     """A 1-D tensor, contents undefined; on the host its memory goes back to the system with it."""
-    if space.is_device:
+    if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            return device.allocate(numel, dtype, space)
-    is_mapped = numel * dtype.itemsize >= _MIN_MAPPING_NBYTES
-    with _own_mapping() if is_mapped else nullcontext(), torch.inference_mode(False):
+            return allocate(numel, dtype, space)
+    if space.is_device:
+        return device.allocate(numel, dtype, space)
+    if numel * dtype.itemsize < _MIN_MAPPING_NBYTES:
+        return torch.empty(numel, dtype=dtype)
+    with _own_mapping():
         return torch.empty(numel, dtype=dtype)
 
 
@@ -97,4 +100,4 @@ def lend(tensor: Tensor) -> tuple[Tensor, weakref.ref[object] | None]:
         return lent.tensor(), weakref.ref(lent)
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     memory.owner = tensor  # type: ignore[attr-defined]
-    return torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype), weakref.ref(memory)
+    return torch.frombuffer(memory, dtype=tensor.dtype), weakref.ref(memory)
