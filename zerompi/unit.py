@@ -183,6 +183,8 @@ class Unit:
         are here, what the sum is multiplied by.
         """
         self.settle()
+        for gradients in self.gradients:
+            gradients.take_back()
         readable = all(gradients.is_readable() for gradients in self.gradients)
         self._reduction = self.context.thread.submit(partial(self._reduce, scale, readable))
 
