@@ -25,7 +25,7 @@ from zerompi.gradients import Gradients
 from zerompi.unit import Unit
 
 # A smaller gradient is copied sooner than Python has run a function of autograd.
-_MIN_NBYTES = 1 << 18
+_MIN_NBYTES = 1 << 19
 
 
 class DirectLinear:

@@ -168,7 +168,7 @@ class Unit:
     @property
     def has_gradients(self) -> bool:
         """Whether a gradient of this rank waits to be reduced."""
-        return any(gradients.bucket is not None for gradients in self.gradients)
+        return any(any(gradients.present) for gradients in self.gradients)
 
     @property
     def is_complete(self) -> bool:
