@@ -21,7 +21,7 @@ from zerompi.errors import ZerompiError
 from zerompi.layout import FlatLayout
 from zerompi.placeholder import placeholder
 from zerompi.placement import Placement
-from zerompi.regions import Region, Settling
+from zerompi.regions import ALIGNMENT, Region, Settling
 
 if TYPE_CHECKING:
     from zerompi.segment import Segment
@@ -64,11 +64,40 @@ class Gradients:
         self.region_offset = 0
         self.home: Buffer | None = None
         self._handed_out: list[weakref.ref[object]] = []
+        self._lent: dict[int, weakref.ref[Tensor]] = {}
+
+    def lend(self, index: int) -> Tensor | None:
+        """Where in the bucket the gradient of parameter `index` will lie, for who makes it; or None.
+
+        It is None if something is there already, or at an address where sums come out otherwise than
+        in new memory. Until it is collected, whoever has the tensor may find it moved elsewhere.
+        """
+        self.owner.settle()  # a reduction that reads the bucket
+        if self.present[index] or index in self._lent:
+            return None
+        slot = self._slot(index)
+        if slot.data_ptr() % ALIGNMENT:
+            return None
+        self._lent[index] = weakref.ref(slot)
+        return slot
+
+    def take_back(self) -> None:
+        """Move gradients that are made, but not collected yet, out of the bucket: it is wanted now.
+
+        Autograd has them where it waits for another part of their sum.
+        """
+        for index in list(self._lent):
+            self._take_back(index)
+
+    def _take_back(self, index: int) -> None:
+        gradient = self._lent.pop(index)()
+        if gradient is not None:
+            gradient.data = gradient.clone()
 
     def collect(self, index: int, weight: float) -> None:
         """Move the gradient that autograd has accumulated for parameter `index` into the bucket.
 
-        It counts `weight` times there; with 0 not at all, whatever it is.
+        If that is where it was made (`lend`), nothing moves. It counts `weight` times there; with 0 not at all, whatever it is.
         """
         segment = self._segment
         parameter = segment.parameters[index]
@@ -88,9 +117,14 @@ class Gradients:
                 "embedding with sparse=False"
             )
         self.collected += 1
-        if self.bucket is None and self.region is not None:
-            self.region.claim(self.owner)
-        slot = segment.view(self._bucket().tensor, index)
+        slot = self._slot(index)
+        is_there = False
+        if index in self._lent:
+            is_there = gradient.data_ptr() == slot.data_ptr()
+            if is_there:
+                del self._lent[index]
+            else:
+                self._take_back(index)
         if self.present[index]:
             if weight:
                 slot.add_(gradient, alpha=weight)
@@ -99,9 +133,16 @@ class Gradients:
         if not weight:
             slot.zero_()
             return
-        slot.copy_(gradient)
+        if not is_there:
+            slot.copy_(gradient)
         if weight != 1.0:
             slot.mul_(weight)
+
+    def _slot(self, index: int) -> Tensor:
+        """Where the gradient of parameter `index` lies in the bucket."""
+        if self.bucket is None and self.region is not None:
+            self.region.claim(self.owner)
+        return self._segment.view(self._bucket().tensor, index)
 
     def _bucket(self) -> Buffer:
         if self.bucket is None:
@@ -133,6 +174,7 @@ class Gradients:
             self._context.memory.add("buffers", -self.bucket.nbytes)
         self.bucket = None
         self.present = [False] * len(self._segment.parameters)
+        self._lent.clear()
 
     def is_readable(self) -> bool:
         """Whether the node's other ranks can read the bucket, or can if one is made for this reduction."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from zerompi import linear
 from zerompi import state as states
 from zerompi.context import Context
 from zerompi.errors import ZerompiError
@@ -25,6 +26,7 @@ class Parts:
         aliases: other names of tied parameters -> the name under which they are kept.
         state_keys: names of the model's state dict before the partition, in order.
         without_values: names of tensors that were on the meta device and have no values yet.
+        linears: the linear layers that write gradients into buckets.
         is_closed: whether the partition has ended.
     """
 
@@ -50,6 +52,7 @@ class Parts:
         )
         self.hooks = Hooks(model, units, context, self.scaler, refreshes)
         self.hooks.buffers.synchronise()
+        self.linears = list(linear.install(model, units))
         self.is_closed = False
 
     @property

@@ -11,12 +11,12 @@ from zerompi.collectives.buffer import Buffer
 from zerompi.collectives.fence import Fence
 from zerompi.collectives.shared import Window
 
-_ALIGNMENT = 64  # of what lies in a slot or a region, in bytes
+ALIGNMENT = 64  # of what lies in a slot or a region, in bytes; torch's own on the host, too
 
 
 def aligned(nbytes: int) -> int:
     """The next number of bytes at which something else may begin."""
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Settling(Protocol):

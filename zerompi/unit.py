@@ -193,7 +193,7 @@ class Unit:
     @property
     def has_gradients(self) -> bool:
         """Whether a gradient of this rank waits to be reduced."""
-        return any(gradients.bucket is not None for gradients in self.gradients)
+        return any(any(gradients.present) for gradients in self.gradients)
 
     @property
     def is_complete(self) -> bool:
@@ -208,6 +208,8 @@ class Unit:
         are here, what the sum is multiplied by.
         """
         self.settle()
+        for gradients in self.gradients:
+            gradients.take_back()
         what = f"reduction of the gradients of {self.name}"
         if scale.is_weighted:
             what += ", weighted"

@@ -406,6 +406,8 @@ class Zero:
         self._context.thread.close()
         atexit.unregister(self._at_exit)
         self._hooks.remove()
+        for layer in self._parts.linears:
+            layer.remove()
         self._optimizer.remove()
         self._guards.remove()
         self._zero_grad.remove()

@@ -60,6 +60,7 @@ LAYERS = [
     {
         "hooks",
         "forwards",
+        "linear",
         "saved",
         "schedule",
         "optimizer",
