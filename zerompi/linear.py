@@ -27,6 +27,8 @@ from zerompi.unit import Unit
 # A smaller gradient is copied sooner than Python has run a function of autograd.
 _MIN_NBYTES = 1 << 19
 
+_TORCH_LINEAR: Any = torch._C._nn.linear
+
 
 class DirectLinear:
     """Stands in for the forward of one linear layer on the host, until `remove`.
@@ -102,9 +104,10 @@ def _is_plain(tensor: object) -> bool:
 
 
 def _is_intercepted() -> bool:
-    """Whether somebody else looks at, casts, transforms or traces the operations of this thread."""
+    """Whether somebody else looks at, replaces, casts, transforms or traces this thread's operations."""
     return bool(
-        torch.is_autocast_enabled("cpu")
+        F.linear is not _TORCH_LINEAR
+        or torch.is_autocast_enabled("cpu")
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()

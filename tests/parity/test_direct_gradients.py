@@ -150,6 +150,21 @@ def test_a_gradient_that_waits_for_its_other_part_survives_a_reduction(comm, sta
         assert_same_bits(comm, zero.full_state_dict(), reference)
 
 
+def test_a_linear_function_of_somebody_else_is_called(comm, made_in_place, monkeypatch):
+    model, _ = make(lambda: nn.Linear(16, 16))
+    linear, calls = F.linear, []
+
+    def theirs(*args):
+        calls.append(len(args))
+        return linear(*args)
+
+    with zerompi.partition(model, stage=1, comm=comm):
+        monkeypatch.setattr(F, "linear", theirs)
+        model(batches(1)[0]).sum().backward()
+    assert calls == [3]
+    assert made_in_place == []
+
+
 def test_what_the_caller_gets_or_keeps_is_not_in_the_bucket(comm, made_in_place):
     model, optimizer = make(lambda: nn.Linear(16, 16))
     x, other = batches(2)

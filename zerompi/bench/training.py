@@ -228,6 +228,7 @@ def _deepspeed(stage: int, workload: Workload, comm: MPI.Intracomm) -> Iterator[
         "steps_per_print": 10**9,
     }
     model = workload.make_model()
+    linear = F.linear  # which DeepSpeed replaces for good, for everybody
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=config, dist_init_required=False
     )
@@ -238,8 +239,11 @@ def _deepspeed(stage: int, workload: Workload, comm: MPI.Intracomm) -> Iterator[
         engine.step()
         return loss.detach()
 
-    yield Running(step)
-    engine.destroy()
+    try:
+        yield Running(step)
+    finally:
+        F.linear = linear
+        engine.destroy()
 
 
 SYSTEMS: dict[str, Maker] = {
