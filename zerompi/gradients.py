@@ -97,7 +97,8 @@ class Gradients:
     def collect(self, index: int, weight: float) -> None:
         """Move the gradient that autograd has accumulated for parameter `index` into the bucket.
 
-        If that is where it was made (`lend`), nothing moves. It counts `weight` times there; with 0 not at all, whatever it is.
+        If that is where it was made (`lend`), nothing moves. It counts `weight` times there; with 0 not
+        at all, whatever it is.
         """
         segment = self._segment
         parameter = segment.parameters[index]
@@ -118,13 +119,11 @@ class Gradients:
             )
         self.collected += 1
         slot = self._slot(index)
-        is_there = False
-        if index in self._lent:
-            is_there = gradient.data_ptr() == slot.data_ptr()
-            if is_there:
-                del self._lent[index]
-            else:
-                self._take_back(index)
+        is_there = index in self._lent and gradient.data_ptr() == slot.data_ptr()
+        if is_there:
+            del self._lent[index]
+        elif index in self._lent:
+            self._take_back(index)
         if self.present[index]:
             if weight:
                 slot.add_(gradient, alpha=weight)
