@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import signal
 import time
@@ -19,6 +20,19 @@ from zerompi.watchdog import signal_bell, waiting
 _TIME_IS_OVER = 1 << 10  # among the reasons, beside numbers of signals
 _MARGIN = 120.0  # seconds kept for a checkpoint ...
 _MARGIN_SHARE = 0.05  # ... but no more than this part of the time that there is
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def _leave_undisturbed() -> None:
+    """Let no signal end this process any more, whose ranks have agreed to stop and which is at its end.
+
+    srun sends SIGTERM to the ranks that still leave when the first one has left with `exit_status`, and would
+    itself end with that of the signal: the job would not be queued again. No rank is gone before all of them
+    are in MPI_Finalize, which comes after this.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
@@ -75,7 +89,7 @@ class StopRequest:
         self._rings_bell = False
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._remember)
         # Python's handlers wait until the main thread's call returns, of MPI perhaps; the bell does not.
         bell = signal_bell()
@@ -97,6 +111,8 @@ class StopRequest:
         if self._rings_bell:
             signal.set_wakeup_fd(-1)
         progress.terminated_at = None
+        if self.reason:
+            atexit.register(_leave_undisturbed)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signal = number

@@ -187,3 +187,18 @@ with zerompi.StopRequest() as stop:
     assert job.returncode == 75, job.output
     assert "[rank" not in job.output  # no failure is reported
     assert (tmp_path / "saved" / "state.json").is_file()
+
+
+def test_a_rank_that_leaves_after_the_others_keeps_its_status(run_mpi):
+    """As where srun sends SIGTERM to those that still leave when the first one has left with a status."""
+    program = """
+import atexit, os, signal, sys
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))  # runs last, after MPI_Finalize
+import zerompi
+with zerompi.StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    if stop.requested():
+        sys.exit(stop.exit_status)
+"""
+    job = run_mpi(2, ["-c", program], timeout=60)
+    assert job.returncode == 75, job.output
