@@ -82,7 +82,8 @@ class Forwards:
 
     def reset(self) -> None:
         """No backward is to come any more."""
-        self._open = dict.fromkeys(self._open, 0)
+        for module in self._open:
+            self._open[module] = 0
         self.num_open = 0
         for modules in (self._run, self._over, self._done):
             modules.clear()

@@ -278,6 +278,7 @@ class Unit:
 
         And whether the ranks of every node can read each other's buckets.
         """
+        count = sum(len(gradients.present) for gradients in self.gradients)
         used: list[bool] = []
         in_place = True
         for agreement in agreements:
@@ -285,7 +286,8 @@ class Unit:
             for flags in agreement.finish():
                 union |= flags
             in_place = in_place and not union & _UNREADABLE
-            used.extend(bool(union >> bit & 1) for bit in range(_FLAGS_PER_HEADER))
+            bits = range(min(count - len(used), _FLAGS_PER_HEADER))
+            used += [bool(union >> bit & 1) for bit in bits]
         return used, in_place
 
     @contextmanager
