@@ -17,6 +17,16 @@ def thread(request):
     made.close()
 
 
+@pytest.fixture
+def real_thread():
+    """One that works beside its caller."""
+    made = CommThread(is_wanted=True)
+    if not made.overlaps:
+        pytest.skip("no thread")
+    yield made
+    made.close()
+
+
 def test_the_switch_counts_for_each_thread_anew(monkeypatch):
     overlaps = []
     for value in ("0", "1", "0"):
@@ -39,43 +49,35 @@ def fail():
     raise KeyError("a bug")
 
 
-def test_an_error_is_raised_once_and_cancels_what_comes_behind_it():
-    thread = CommThread(is_wanted=True)
-    if not thread.overlaps:
-        pytest.skip("no thread")
+def test_an_error_is_raised_once_and_cancels_what_comes_behind_it(real_thread):
     gate, done = threading.Event(), []
-    thread.submit(gate.wait)
-    failed = thread.submit(fail)
-    behind = thread.submit(lambda: done.append("behind"))
+    real_thread.submit(gate.wait)
+    failed = real_thread.submit(fail)
+    behind = real_thread.submit(lambda: done.append("behind"))
     gate.set()
     failed.abandon()  # ends after the queue is broken
-    later = thread.submit(lambda: done.append("later"))
+    later = real_thread.submit(lambda: done.append("later"))
     with pytest.raises(KeyError):
         behind.wait()
     assert later.is_done
-    thread.drain()  # the error was raised
-    thread.submit(lambda: done.append("anew"))
-    thread.drain()
+    real_thread.drain()  # the error was raised
+    real_thread.submit(lambda: done.append("anew"))
+    real_thread.drain()
     assert done == ["anew"]
-    thread.close()
 
 
 @pytest.mark.parametrize("work", [lambda: None, fail])
-def test_what_is_to_be_done_when_idle_comes_after_the_queue_however_that_ends(work):
-    thread = CommThread(is_wanted=True)
-    if not thread.overlaps:
-        pytest.skip("no thread")
+def test_what_is_to_be_done_when_idle_comes_after_the_queue_however_that_ends(real_thread, work):
     gate, done = threading.Event(), []
-    thread.submit(gate.wait)
-    last = thread.submit(work)
-    thread.when_idle(lambda: done.append("then"))
+    real_thread.submit(gate.wait)
+    last = real_thread.submit(work)
+    real_thread.when_idle(lambda: done.append("then"))
     assert done == []
     gate.set()
     last.abandon()
     assert done == ["then"]
-    thread.when_idle(lambda: done.append("at once"))
+    real_thread.when_idle(lambda: done.append("at once"))
     assert done == ["then", "at once"]
-    thread.close()
 
 
 def test_the_end_of_the_queue_raises_what_went_wrong(thread):
@@ -106,37 +108,29 @@ class Announced:
         self._events.append(f"cancel {self._name}")
 
 
-def test_work_is_announced_unless_what_comes_before_it_is_not():
-    thread = CommThread(is_wanted=True)
-    if not thread.overlaps:
-        pytest.skip("no thread")
+def test_work_is_announced_unless_what_comes_before_it_is_not(real_thread):
     gate, events = threading.Event(), []
-    thread.submit(gate.wait, [Announced("a", events)])
-    thread.submit(lambda: None, [Announced("b", events), Announced("c", events)])
-    thread.submit(lambda: None)
-    thread.submit(lambda: None, [Announced("d", events)])
+    real_thread.submit(gate.wait, [Announced("a", events)])
+    real_thread.submit(lambda: None, [Announced("b", events), Announced("c", events)])
+    real_thread.submit(lambda: None)
+    real_thread.submit(lambda: None, [Announced("d", events)])
     assert events == ["begin a", "begin b", "begin c"]
     gate.set()
-    thread.drain()
-    thread.submit(lambda: None, [Announced("e", events)])
-    thread.drain()
+    real_thread.drain()
+    real_thread.submit(lambda: None, [Announced("e", events)])
+    real_thread.drain()
     assert events[3:] == ["begin e"]
-    thread.close()
 
 
-def test_what_was_announced_is_cancelled_by_an_error():
-    thread = CommThread(is_wanted=True)
-    if not thread.overlaps:
-        pytest.skip("no thread")
+def test_what_was_announced_is_cancelled_by_an_error(real_thread):
     gate, events = threading.Event(), []
-    thread.submit(gate.wait)
-    failed = thread.submit(fail, [Announced("a", events)])
-    thread.submit(lambda: None, [Announced("b", events)])
+    real_thread.submit(gate.wait)
+    failed = real_thread.submit(fail, [Announced("a", events)])
+    real_thread.submit(lambda: None, [Announced("b", events)])
     gate.set()
     with pytest.raises(KeyError):
         failed.wait()
     assert events == ["cancel a", "cancel b"]
-    thread.submit(lambda: None, [Announced("c", events)])
-    thread.drain()
+    real_thread.submit(lambda: None, [Announced("c", events)])
+    real_thread.drain()
     assert events[2:] == ["begin c"]
-    thread.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NoReturn, cast
 
-import numpy as np
 import torch
 from mpi4py import MPI
 from torch import Tensor
@@ -232,14 +231,10 @@ class Group:
 
     def gather_words(self, word: int) -> list[int]:
         """64 bits of each rank, where all ranks have agreed to exchange them. Collective, unchecked."""
-        if self.size == 1:
+        if self.headers is None:
             return [word]
         self._count_to_all(_WORD_NBYTES)
-        if isinstance(self.headers, FenceHeaders):
-            return [flags for _, flags in self.headers.meet(0, word)]
-        words = np.empty(self.size, dtype=np.uint64)
-        self.wait_for([self.comm.Iallgather(np.array([word], dtype=np.uint64), words)])
-        return cast("list[int]", words.tolist())
+        return self.headers.gather_words(word)
 
     def _count_to_all(self, nbytes: int) -> None:
         for peer, level in enumerate(self._levels):
@@ -363,7 +358,7 @@ class Group:
                 self._transport.node.close()
             if self.node is not None:
                 self.node.close()
-            if isinstance(self.headers, MessageHeaders):
+            if self.headers is not None:
                 self.headers.close()
             if self._watch is not None:
                 self._watch.close()

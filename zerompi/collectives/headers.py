@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from zerompi.collectives.fence import Fence
     from zerompi.collectives.group import Group
 
-Header = tuple[
-    int, int
-]  # a digest of what a rank is about to do (0: whatever the others do), and flags
+# A digest of what a rank is about to do (0: whatever the others do), and flags.
+Header = tuple[int, int]
 
 
 class Agreement:
@@ -91,6 +90,12 @@ class Headers(Protocol):
     def exchange(self, agreement: Agreement) -> Sequence[Header]:
         """The headers of all ranks. Collective."""
 
+    def gather_words(self, word: int) -> list[int]:
+        """64 bits of each rank, which are no header. Collective."""
+
+    def close(self) -> None:
+        """Free what is needed for this alone. Collective."""
+
 
 class FenceHeaders:
     """Headers of the ranks of one node, which meet at a fence in shared memory."""
@@ -104,13 +109,19 @@ class FenceHeaders:
 
     def exchange(self, agreement: Agreement) -> Sequence[Header]:
         """See `Headers`."""
-        return self.meet(agreement.digest, agreement.flags)
+        return self._meet(agreement.digest, agreement.flags)
 
-    def meet(self, digest: int, flags: int) -> Sequence[Header]:
-        """The headers of all ranks, of which this one's is given. Collective."""
+    def gather_words(self, word: int) -> list[int]:
+        """See `Headers`."""
+        return [flags for _, flags in self._meet(0, word)]
+
+    def _meet(self, digest: int, flags: int) -> Sequence[Header]:
         number = self._fence.arrive(digest, flags)
         self._fence.wait(number)
         return self._fence.headers(number)
+
+    def close(self) -> None:
+        """See `Headers`: the fence is the node's."""
 
 
 class MessageHeaders:
@@ -153,6 +164,13 @@ class MessageHeaders:
                     self._open.remove(agreement)
                     return headers
 
+    def gather_words(self, word: int) -> list[int]:
+        """See `Headers`; on the group's communicator, as headers may be under way on the own one."""
+        words = np.empty(self._group.size, dtype=np.uint64)
+        own = np.array([word], dtype=np.uint64)
+        self._group.wait_for([self._group.comm.Iallgather(own, words)])
+        return cast("list[int]", words.tolist())
+
     def _close_first(self) -> None:
         """Finish the first header, which is void."""
         first = self._open[0]
@@ -194,7 +212,7 @@ class MessageHeaders:
         return cast("list[Header]", agreement.everyone.tolist())
 
     def close(self) -> None:
-        """Free the communicator. Collective."""
+        """See `Headers`."""
         self._comm.Free()
 
 
