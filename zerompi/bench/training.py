@@ -225,6 +225,7 @@ def _deepspeed(stage: int, workload: Workload, comm: MPI.Intracomm) -> Iterator[
         "train_micro_batch_size_per_gpu": workload.batch,
         "optimizer": {"type": "AdamW", "params": adamw},
         "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,  # else it clips to 1, as nobody else does here
         "steps_per_print": 10**9,
     }
     model = workload.make_model()
