@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zerompi import device
+from zerompi.blocked_step import cut
 from zerompi.gradient_norms import continues, joined
 from zerompi.kernels.adamw import Hyperparameters, Shard, launch_adamw
 
@@ -21,7 +22,8 @@ class AdamW(torch.optim.AdamW):
     float32 parameters in device memory are stepped by a fused kernel, in torch's order of operations: one
     launch for all neighbours in memory, such as a partition's pieces of one unit and param group. Their
     states are flat, too. All others, and those of groups with `amsgrad`, `maximize`, `capturable`,
-    `differentiable`, `foreach` or `fused`, are stepped by torch.
+    `differentiable`, `foreach` or `fused`, are stepped by torch; on the host in parts that fit the cache
+    (`blocked_step.py`).
     """
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
@@ -31,7 +33,9 @@ class AdamW(torch.optim.AdamW):
             self._step_together(run, group)
         stepped = set(map(id, mine))
         rest = [p for p in group["params"] if id(p) not in stepped]
-        return bool(super()._init_group({**group, "params": rest}, *lists))  # type: ignore[no-untyped-call]
+        has_complex = super()._init_group({**group, "params": rest}, *lists)  # type: ignore[no-untyped-call]
+        cut(group, lists)
+        return bool(has_complex)
 
     def _runs(self, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Parameters whose values and gradients are neighbours, and that are at the same step."""

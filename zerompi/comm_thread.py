@@ -22,6 +22,7 @@ from mpi4py import MPI
 
 from zerompi import device
 from zerompi.activity import COMM_THREAD
+from zerompi.collectives.waiting import idle
 from zerompi.errors import ZerompiError
 
 _SWITCH = "ZEROMPI_COMM_THREAD"
@@ -89,7 +90,9 @@ class Ticket:
 
     def abandon(self) -> None:
         """Wait until the work is done, however it ends."""
-        self._done.wait()
+        if not self.is_done:
+            with idle():
+                self._done.wait()
         if self._handover is not None:
             self._handover.join()
 

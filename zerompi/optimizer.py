@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zerompi.activity import progress
+from zerompi.blocked_step import block
 from zerompi.context import Context
 from zerompi.errors import MismatchError, NonFiniteError, ZerompiError
 from zerompi.gradient_norms import is_finite, norm, power, squares_on_device
@@ -75,8 +76,10 @@ class PieceOptimizer:
         self._casts = ExitStack()
         self._skipped: list[tuple[nn.Parameter, Tensor]] = []
         self._handles: list[RemovableHandle] = []
+        self._unblock: Callable[[], None] = lambda: None
         if optimizer is not None:
             self._substitute(optimizer)
+            self._unblock = block(optimizer)
             self._handles = [
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
@@ -89,6 +92,7 @@ class PieceOptimizer:
 
     def remove(self) -> None:
         """Take the hooks away; the optimizer keeps the pieces."""
+        self._unblock()
         for handle in self._handles:
             handle.remove()
 

@@ -127,8 +127,8 @@ def _plain_step(
     return step
 
 
-def _adamw(parameters: Any) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=3e-4)
+def _adamw(parameters: Any, kind: type[torch.optim.AdamW] = torch.optim.AdamW) -> torch.optim.AdamW:
+    return kind(parameters, lr=3e-4)
 
 
 # -- systems -----------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def _free(workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
             part = slice(low, high)
             pieces.append((parameter, part, nn.Parameter(parameter.data.flatten()[part])))
         offset += parameter.numel()
-    optimizer = _adamw([piece for _, _, piece in pieces])
+    optimizer = _adamw([piece for _, _, piece in pieces], zerompi.AdamW)  # a partition's steps
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         loss = _loss(model, x, y)

@@ -3,21 +3,47 @@
 An MPI library waits by polling, which is best where a core has nothing else to do. Where the ranks of
 a node, and their communication threads, have fewer cores than that, a rank that polls delays those that
 it waits for. There we ask now and then, and sleep between: the longer, the longer it has taken already, so
-that long messages cost few looks, and are noticed late by a small part of their time.
+that long messages cost few looks, and are noticed late by a small part of their time. While another
+thread of this rank computes we ask less often than when nothing else is left to do.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from mpi4py import MPI
 
 _SHORTEST_SLEEP = 2e-5  # seconds
-_LONGEST_SLEEP = 1e-3  # sockets hold more than what comes meanwhile
+_LONGEST_SLEEP = 1e-3  # beside a thread that computes; sockets hold more than what comes meanwhile
+_LONGEST_IDLE_SLEEP = 1e-4  # where this rank computes nothing
 _SLEEP = 1 / 8  # of the time waited so far
+
+
+class _Idle:
+    """Whether the main thread waits for another one, which communicates."""
+
+    is_main_thread_waiting = False
+
+
+_idle = _Idle()
+
+
+@contextmanager
+def idle() -> Iterator[None]:
+    """While the context lasts the calling thread waits for another one of this rank."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _idle.is_main_thread_waiting = True
+    try:
+        yield
+    finally:
+        _idle.is_main_thread_waiting = False
 
 
 def has_spare_cores(node_comm: MPI.Intracomm) -> bool:
@@ -60,4 +86,6 @@ def wait_some(requests: Sequence[MPI.Request], *, polls: bool, at_once: bool) ->
 def _sleep(start: float) -> None:
     """Sleep between two looks at what has been waited for since `start`."""
     waited = time.perf_counter() - start
-    time.sleep(min(max(_SLEEP * waited, _SHORTEST_SLEEP), _LONGEST_SLEEP))
+    is_idle = _idle.is_main_thread_waiting or threading.current_thread() is threading.main_thread()
+    longest = _LONGEST_IDLE_SLEEP if is_idle else _LONGEST_SLEEP
+    time.sleep(min(max(_SLEEP * waited, _SHORTEST_SLEEP), longest))
