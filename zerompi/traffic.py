@@ -18,6 +18,10 @@ class Traffic:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from zero again."""
         self._bytes: dict[tuple[str, str], int] = {}
         self.messages = 0
 

@@ -38,28 +38,66 @@ def fits(layout: str) -> bool:
     return nodes is None or len(nodes) == MPI.COMM_WORLD.size
 
 
-@pytest.fixture(params=[layout for layout in LAYOUTS if fits(layout)])
-def group(
-    request: pytest.FixtureRequest, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Group]:
-    """A group with each layout of nodes that fits, its algorithm, and memory shared or not."""
-    nodes = nodes_of(request.param) or [0] * comm.size
-    algorithm = "flat" if request.param.startswith("flat") else "hierarchical"
-    if request.param.endswith("by messages"):
-        monkeypatch.setenv("ZEROMPI_SHARED_MEMORY", "0")
-    made = Group(
-        comm, zerompi.Topology.from_nodes(nodes, groups_of(request.param)), algorithm=algorithm
-    )
+class Groups:
+    """Groups that tests have one after the other: to make one takes longer than most tests.
+
+    After a test that has failed none is used again, since a message may be left in it.
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm = comm
+        self._made: dict[str, Group] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """All ranks have the same outcome."""
+        if report.failed:
+            self._made.clear()
+
+    def get(self, layout: str) -> Group:
+        """A group that has counted nothing yet. Collective."""
+        if layout not in self._made:
+            self._made[layout] = self._make(layout)
+        group = self._made[layout]
+        group.traffic.reset()
+        return group
+
+    def _make(self, layout: str) -> Group:
+        algorithm = "flat" if layout.startswith("flat") else "hierarchical"
+        if layout == "flat anywhere":
+            return Group(self._comm, algorithm="flat")
+        nodes = nodes_of(layout) or [0] * self._comm.size
+        topology = zerompi.Topology.from_nodes(nodes, groups_of(layout))
+        with pytest.MonkeyPatch.context() as patch:
+            if layout.endswith("by messages"):
+                patch.setenv("ZEROMPI_SHARED_MEMORY", "0")
+            return Group(self._comm, topology, algorithm=algorithm)
+
+    def close(self) -> None:
+        """Close all. Collective."""
+        for group in self._made.values():
+            group.close()
+
+
+@pytest.fixture(scope="session")
+def groups(request: pytest.FixtureRequest) -> Iterator[Groups]:
+    """What the tests of this run share."""
+    made = Groups(MPI.COMM_WORLD)
+    request.config.pluginmanager.register(made)
     yield made
+    request.config.pluginmanager.unregister(made)
     made.close()
+
+
+@pytest.fixture(params=[layout for layout in LAYOUTS if fits(layout)])
+def group(request: pytest.FixtureRequest, groups: Groups) -> Group:
+    """A group with each layout of nodes that fits, its algorithm, and memory shared or not."""
+    return groups.get(request.param)
 
 
 @pytest.fixture
-def flat(comm: MPI.Intracomm) -> Iterator[Group]:
-    """A flat group."""
-    made = Group(comm, algorithm="flat")
-    yield made
-    made.close()
+def flat(groups: Groups) -> Group:
+    """A flat group, of the nodes that there are."""
+    return groups.get("flat anywhere")
 
 
 @pytest.fixture

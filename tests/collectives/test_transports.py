@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import zerompi
+from collectives.conftest import Groups
 from collectives.samples import documented_sum, numbers
 from harness.memory import HAS_DEVICE, IS_DEFERRED, WITHOUT_DEVICE, DeviceMemory, synchronise
 from zerompi import cuda_aware, device
@@ -25,6 +26,14 @@ from zerompi.memory import DeviceArray, Reader
 pytestmark = pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
 
 put, get = DeviceMemory().put, DeviceMemory().get
+
+
+@pytest.fixture
+def groups(comm):
+    """A group chooses its transport once: new ones for each test."""
+    made = Groups(comm)
+    yield made
+    made.close()
 
 
 def forced(monkeypatch, value):
