@@ -58,6 +58,34 @@ def phase(name: str) -> Iterator[None]:
         progress.phase = before
 
 
+class _Idle:
+    """Whether the main thread waits for another thread of this process."""
+
+    is_main_thread_waiting = False
+
+
+_idle = _Idle()
+
+
+@contextmanager
+def idle() -> Iterator[None]:
+    """While the context lasts the calling thread waits for another one of this process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _idle.is_main_thread_waiting = True
+    try:
+        yield
+    finally:
+        _idle.is_main_thread_waiting = False
+
+
+def computes_beside() -> bool:
+    """Whether the main thread computes beside the calling one, as far as is known."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return not (is_main or _idle.is_main_thread_waiting)
+
+
 class Wait:
     """A context around each call that waits for other ranks; not nested in one thread.
 

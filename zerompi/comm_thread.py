@@ -21,8 +21,7 @@ import torch
 from mpi4py import MPI
 
 from zerompi import device
-from zerompi.activity import COMM_THREAD
-from zerompi.collectives.waiting import idle
+from zerompi.activity import COMM_THREAD, idle
 from zerompi.errors import ZerompiError
 
 _SWITCH = "ZEROMPI_COMM_THREAD"

@@ -66,6 +66,7 @@ LAYERS = [
         "optimizer",
         "gradient_norms",
         "adamw",
+        "blocked_step",
         "join",
         "meta",
         "generators",

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from zerompi.activity import idle
 from zerompi.collectives import waiting
 
 
@@ -59,14 +60,14 @@ def in_another_thread(function):
 def test_rank_that_computes_nothing_looks_more_often(longest_sleep):
     beside = in_another_thread(longest_sleep)
     assert longest_sleep() < beside / 5
-    with waiting.idle():
+    with idle():
         assert in_another_thread(longest_sleep) == longest_sleep()
     assert in_another_thread(longest_sleep) == beside
 
 
 def test_who_waits_in_another_thread_does_not_count(longest_sleep):
     def measure():
-        with waiting.idle():
+        with idle():
             return longest_sleep()
 
     assert in_another_thread(measure) == in_another_thread(longest_sleep)

@@ -10,40 +10,18 @@ thread of this rank computes we ask less often than when nothing else is left to
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from mpi4py import MPI
+
+from zerompi.activity import computes_beside
 
 _SHORTEST_SLEEP = 2e-5  # seconds
 _LONGEST_SLEEP = 1e-3  # beside a thread that computes; sockets hold more than what comes meanwhile
 _LONGEST_IDLE_SLEEP = 1e-4  # where this rank computes nothing
 _SLEEP = 1 / 8  # of the time waited so far
-
-
-class _Idle:
-    """Whether the main thread waits for another one, which communicates."""
-
-    is_main_thread_waiting = False
-
-
-_idle = _Idle()
-
-
-@contextmanager
-def idle() -> Iterator[None]:
-    """While the context lasts the calling thread waits for another one of this rank."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    _idle.is_main_thread_waiting = True
-    try:
-        yield
-    finally:
-        _idle.is_main_thread_waiting = False
 
 
 def has_spare_cores(node_comm: MPI.Intracomm) -> bool:
@@ -86,6 +64,5 @@ def wait_some(requests: Sequence[MPI.Request], *, polls: bool, at_once: bool) ->
 def _sleep(start: float) -> None:
     """Sleep between two looks at what has been waited for since `start`."""
     waited = time.perf_counter() - start
-    is_idle = _idle.is_main_thread_waiting or threading.current_thread() is threading.main_thread()
-    longest = _LONGEST_IDLE_SLEEP if is_idle else _LONGEST_SLEEP
+    longest = _LONGEST_SLEEP if computes_beside() else _LONGEST_IDLE_SLEEP
     time.sleep(min(max(_SLEEP * waited, _SHORTEST_SLEEP), longest))
