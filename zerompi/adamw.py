@@ -22,8 +22,7 @@ class AdamW(torch.optim.AdamW):
     float32 parameters in device memory are stepped by a fused kernel, in torch's order of operations: one
     launch for all neighbours in memory, such as a partition's pieces of one unit and param group. Their
     states are flat, too. All others, and those of groups with `amsgrad`, `maximize`, `capturable`,
-    `differentiable`, `foreach` or `fused`, are stepped by torch; on the host in parts that fit the cache
-    (`blocked_step.py`).
+    `differentiable`, `foreach` or `fused`, are stepped by torch; on the host in parts (`blocked_step.py`).
     """
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:

@@ -1,9 +1,9 @@
 """Cache blocking of Adam's step on the host.
 
 torch steps one parameter after the other, with a dozen operations that each go through its values, gradient and
-states. What does not fit a core's cache comes from memory each time, and goes back. The operations treat each
-element by itself, so torch gets large parameters in parts: the same operations on the same numbers, and the
-same bits. (Those of 16-bit floats depend on where torch's threads divide them.)
+states. What is larger than a core's share of the cache comes from memory each time, and goes back. The operations
+treat each element by itself, so torch gets large parameters of float32 and float64 in parts: the same operations
+on the same numbers, and the same bits. (Those of 16-bit floats depend on where torch's threads divide them.)
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-_PART_NUMEL = 128 << 10  # for each thread
+_PART_NUMEL = 128 << 10  # for each thread; with states and a temporary some 2.5 MiB of float32
 _NUM_LISTS = 6  # parameters, gradients, three states of each, step counts
 
 
 def block(optimizer: Optimizer) -> Callable[[], None]:
     """Let torch's own Adam or AdamW step in parts; return what undoes it. Others stay as they are."""
-    if type(optimizer) not in (Adam, AdamW):
+    if type(optimizer) not in (Adam, AdamW) or "_init_group" in vars(optimizer):
         return lambda: None
     own: Callable[..., bool] = optimizer._init_group  # type: ignore[attr-defined]
 
@@ -40,16 +40,18 @@ def cut(group: dict[str, Any], lists: Sequence[Any]) -> None:
     Args:
         group: the param group; steps with `foreach`, `fused`, `capturable` or `differentiable` are
             torch's alone.
-        lists: of parameters, gradients and states, and last of step counts; a list may be empty.
+        lists: its arguments, among them lists of parameters, gradients and states, and last of step
+            counts; a list may be empty.
     """
     others = ("foreach", "fused", "capturable", "differentiable")
     if any(group.get(name) for name in others) or torch.compiler.is_compiling():
         return
-    if len(lists) != _NUM_LISTS or not all(isinstance(tensors, list) for tensors in lists):
-        return  # another version of torch
-    if not lists[0]:
+    lists = [tensors for tensors in lists if isinstance(tensors, list)]
+    if len(lists) != _NUM_LISTS or not lists[0]:
         return
     *filled, steps = [tensors for tensors in lists if tensors]
+    if len(set(map(id, steps))) < len(steps):
+        return  # a parameter is stepped twice, or two count their steps together
     numel = _PART_NUMEL * torch.get_num_threads()
     rows = []
     for *tensors, step in zip(*filled, steps, strict=True):

@@ -418,6 +418,7 @@ def _is_elementwise(optimizer: Optimizer, group: dict[str, Any]) -> bool:
             # Containers of the optimizer's own, say a list of losses, are not the trial's to fill.
             own = isinstance(value, (dict, list, set)) and name not in ("state", "param_groups")
             vars(trial)[name] = copy.copy(value) if own else value
+        vars(trial).pop("_init_group", None)  # bound to the optimizer itself
         trial.state = defaultdict(dict)
         trial.param_groups = [{**group, "params": parameters}]
         if "lr" in group:

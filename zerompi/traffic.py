@@ -18,10 +18,6 @@ class Traffic:
     """
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Count from zero again."""
         self._bytes: dict[tuple[str, str], int] = {}
         self.messages = 0
 

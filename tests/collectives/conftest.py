@@ -12,6 +12,7 @@ import zerompi
 from collectives.samples import LAYOUTS
 from harness.memory import ON_DEVICE, UNDER_TEST, Memory
 from zerompi.collectives import Group
+from zerompi.traffic import Traffic
 
 
 def nodes_of(layout: str) -> list[int] | None:
@@ -41,16 +42,19 @@ def fits(layout: str) -> bool:
 class Groups:
     """Groups that tests have one after the other: to make one takes longer than most tests.
 
-    After a test that has failed none is used again, since a message may be left in it.
+    After a test that has failed none is used again, since a message may be left in it; it is there until
+    the end, so that the watchdogs of other ranks get their answers.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self._comm = comm
         self._made: dict[str, Group] = {}
+        self._abandoned: list[Group] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """All ranks have the same outcome."""
         if report.failed:
+            self._abandoned += self._made.values()
             self._made.clear()
 
     def get(self, layout: str) -> Group:
@@ -58,7 +62,7 @@ class Groups:
         if layout not in self._made:
             self._made[layout] = self._make(layout)
         group = self._made[layout]
-        group.traffic.reset()
+        vars(group.traffic).update(vars(Traffic()))
         return group
 
     def _make(self, layout: str) -> Group:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import zerompi
 from harness.memory import HAS_DEVICE, WITHOUT_DEVICE
 from models import CASES, build
 from test_device_memory import build_on_device, losses_of
-from zerompi import adamw, device
+from zerompi import adamw, blocked_step, device
 
 pytestmark = pytest.mark.placed
 on_device = pytest.mark.skipif(not HAS_DEVICE, reason=WITHOUT_DEVICE)
@@ -60,6 +62,42 @@ def test_steps_are_those_of_torch(comm, make, stage, options):
     assert_alike(own_weights, weights)
     for own, of_torch in zip(own_states, states, strict=True):
         assert_alike(own, of_torch)
+
+
+@pytest.fixture
+def numbers_stepped(monkeypatch):
+    """Of each call of torch's function: how many tensors it has stepped, and the largest of them."""
+    module = importlib.import_module("torch.optim.adam")
+    function, calls = module.adam, []
+
+    def adam(parameters, *args, **kwargs):
+        calls.append((len(parameters), max((p.numel() for p in parameters), default=0)))
+        return function(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(module, "adam", adam)
+    return calls
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, zerompi.AdamW])
+def test_steps_in_parts_have_the_same_bits(comm, stage, kind, monkeypatch, numbers_stepped):
+    results, calls = [], []
+    for numel in (1 << 30, 3):
+        monkeypatch.setattr(blocked_step, "_PART_NUMEL", numel)
+        model, opt = made(build, kind)
+        with zerompi.partition(model, opt, stage=stage, comm=comm) as zero:
+            losses = losses_of(comm, CASES["gpt"], model, opt, zero, 3)
+            results.append((losses, zero.full_state_dict(), states_of(opt)))
+        assert "_init_group" not in vars(opt)
+        calls.append(list(numbers_stepped))
+        numbers_stepped.clear()
+    (expected, weights, states), (losses, own_weights, own_states) = results
+    (num_pieces, largest), (num_parts, largest_part) = map(max, calls)
+    assert num_parts > num_pieces
+    assert largest > 3 * torch.get_num_threads() >= largest_part
+    assert losses == expected
+    for own, other in zip([own_weights, *own_states], [weights, *states], strict=True):
+        assert all(torch.equal(own[key], other[key]) for key in other)
 
 
 @on_device

@@ -14,10 +14,11 @@ SIZES = ((1000, 37), (7,), (4111,))  # some larger than a part
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(blocked_step, "_PART_NUMEL", 1001)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
 def trained(kind, dtype, *, blocks, **options):
-    """Weights and states after four steps, and how many parameters each step has given to torch's loop."""
+    """Weights and states after four steps, and the optimizer."""
     generator = torch.Generator().manual_seed(0)
     parameters = [
         torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in SIZES
@@ -66,9 +67,8 @@ def test_bits_are_torchs(kind, dtype, options):
         (torch.float32, {"fused": True}, 3),
     ],
 )
-def test_large_parameters_are_cut(dtype, options, parts, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    *_, optimizer = trained(AdamW, dtype, blocks=False, **options)
+def test_large_parameters_are_cut(dtype, options, parts):
+    *_, optimizer = trained(Adam, dtype, blocks=False, **options)
     undo = blocked_step.block(optimizer)
     assert counted(optimizer) == parts
     undo()
@@ -81,6 +81,22 @@ def test_optimizers_of_others_are_left_alone():
 
     for kind in (SGD, Mine):
         optimizer = kind([torch.nn.Parameter(torch.zeros(3))], lr=1.0)
-        before = dict(vars(optimizer))
-        blocked_step.block(optimizer)()
-        assert vars(optimizer) == before
+        undo = blocked_step.block(optimizer)
+        assert "_init_group" not in vars(optimizer)
+        undo()
+
+
+def test_own_way_of_an_optimizer_stays():
+    optimizer = Adam([torch.nn.Parameter(torch.zeros(3))])
+    own = optimizer._init_group = lambda *arguments: False
+    blocked_step.block(optimizer)()
+    assert optimizer._init_group is own
+
+
+def test_parameters_that_count_their_steps_together_are_left_whole():
+    _, _, optimizer = trained(Adam, torch.float32, blocks=False)
+    first, *rest = optimizer.param_groups[0]["params"]
+    for other in rest:
+        optimizer.state[other]["step"] = optimizer.state[first]["step"]
+    blocked_step.block(optimizer)
+    assert counted(optimizer) == len(SIZES)

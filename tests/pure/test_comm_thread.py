@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from mpi4py import MPI
 
+from zerompi.activity import computes_beside
 from zerompi.comm_thread import CommThread
 
 
@@ -134,3 +136,36 @@ def test_what_was_announced_is_cancelled_by_an_error(real_thread):
     real_thread.submit(lambda: None, [Announced("c", events)])
     real_thread.drain()
     assert events[2:] == ["begin c"]
+
+
+def test_who_waits_for_it_does_not_compute(real_thread):
+    begun, may_end, seen = threading.Event(), threading.Event(), []
+
+    def look():
+        begun.set()
+        may_end.wait(10)
+        seen.append(computes_beside())
+
+    ticket = real_thread.submit(look)
+    begun.wait(10)
+    may_end.set()
+    while not ticket.is_done:  # without waiting for it
+        pass
+    assert seen == [True]
+
+    def fail():
+        deadline = time.monotonic() + 10
+        while computes_beside() and time.monotonic() < deadline:
+            pass
+        seen.append(computes_beside())
+        raise ValueError("after that")
+
+    with pytest.raises(ValueError, match="after that"):
+        real_thread.submit(fail).wait()
+    assert seen == [True, False]
+    real_thread.submit(look)
+    real_thread.drain()
+    ticket = real_thread.submit(look)
+    while not ticket.is_done:
+        pass
+    assert seen[-1] is True  # the error has left nothing behind

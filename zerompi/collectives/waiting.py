@@ -3,8 +3,8 @@
 An MPI library waits by polling, which is best where a core has nothing else to do. Where the ranks of
 a node, and their communication threads, have fewer cores than that, a rank that polls delays those that
 it waits for. There we ask now and then, and sleep between: the longer, the longer it has taken already, so
-that long messages cost few looks, and are noticed late by a small part of their time. While another
-thread of this rank computes we ask less often than when nothing else is left to do.
+that long messages cost few looks, and are noticed late by a small part of their time. The communication
+thread asks less often than where the main thread waits for it, or communicates itself.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mpi4py import MPI
 from zerompi.activity import computes_beside
 
 _SHORTEST_SLEEP = 2e-5  # seconds
-_LONGEST_SLEEP = 1e-3  # beside a thread that computes; sockets hold more than what comes meanwhile
-_LONGEST_IDLE_SLEEP = 1e-4  # where this rank computes nothing
+_LONGEST_SLEEP = 1e-3  # beside the main thread; sockets hold more than what comes meanwhile
+_LONGEST_IDLE_SLEEP = 1e-4  # where that waits
 _SLEEP = 1 / 8  # of the time waited so far
 
 
