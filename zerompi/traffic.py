@@ -11,6 +11,11 @@ INTER_GROUP = "inter_group"
 Counts = dict[str, dict[str, int]]
 
 
+def between_nodes(counts: Mapping[str, Mapping[str, int]]) -> int:
+    """The bytes among these that went to other nodes."""
+    return sum(levels.get(INTER_NODE, 0) + levels.get(INTER_GROUP, 0) for levels in counts.values())
+
+
 class Traffic:
     """Bytes sent, by label (what for) and level: "intra_node", "inter_node", "inter_group".
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 
+import zerompi
 from harness.mpirun import MPIRun
 from zerompi.bench import checkpoints
 from zerompi.bench.collectives import COLLECTIVES, measure
-from zerompi.bench.tables import table_of_checkpoints
-from zerompi.bench.training import SYSTEMS, Workload, available, locked_build
+from zerompi.bench.tables import table_of_checkpoints, table_of_training
+from zerompi.bench.training import ON_NODES, SYSTEMS, Trained, Workload, available, locked_build
 from zerompi.bench.training import measure as measure_training
 
 
@@ -52,14 +53,53 @@ def test_results_can_be_saved_and_compared(run_mpi: Callable[..., MPIRun], tmp_p
 def test_all_systems_train_alike(comm):
     """Equal losses: what is timed is the same training."""
     workload = Workload(layers=2, width=32, heads=2, context=8, batch=2, steps=1)
-    results = {r.system: r for r in measure_training(comm, workload, available(), repeats=2)}
+    names = available(num_nodes=2)
+    results = {r.system: r for r in measure_training(comm, workload, names, repeats=2)}
     assert set(results) >= {name for name in SYSTEMS if not name.startswith("deepspeed")}
     assert results["free"].ratio == 1
-    for name in ("zerompi-1", "zerompi-2", "zerompi-3", "ddp", "zero-redundancy"):
+    for name in ("zerompi-1", "zerompi-2", "zerompi-3", *ON_NODES, "ddp", "zero-redundancy"):
         assert results[name].loss == pytest.approx(results["fsdp2"].loss, rel=1e-5)
         assert results[name].seconds > 0
         assert results[name].processor > 0
         assert (results[name].reported is not None) == name.startswith("zerompi")
+
+
+def test_steps_between_nodes_are_shown_by_what_they_send(comm, monkeypatch):
+    nodes = zerompi.Topology(comm, ranks_per_node=1)
+    monkeypatch.setattr(zerompi, "Topology", lambda comm, **options: nodes)
+    monkeypatch.setattr("zerompi.collectives.group.Topology", lambda comm: nodes)
+    workload = Workload(layers=2, width=32, heads=2, context=8, batch=1, steps=1)
+    names = ["zerompi-1", "zerompi-3", *ON_NODES]
+    numel = sum(p.numel() for p in workload.make_model().parameters())
+    slow = 1e3  # bytes per second: no step is as slow
+    results = {r.system: r for r in measure_training(comm, workload, names, 1, link=slow)}
+    free = results["free"]
+    assert (free.sent, free.of_bound) == (None, None)
+    psi = 4 * numel * (comm.size - 1) / comm.size  # what a rank sends in a gather, or a reduction
+    passes = {"zerompi-1": 2, "zerompi-3": 3, "zerompi-3-cache": 2, "zerompi-3-node": 2}
+    for name, times in passes.items():
+        result = results[name]
+        assert result.sent == pytest.approx(times * psi, rel=0.02), name  # headers, and padding
+        if comm.size == 1:
+            assert result.of_bound == pytest.approx(result.seconds / free.seconds)
+        else:
+            assert result.of_bound == pytest.approx(result.seconds / (result.sent / slow))
+
+
+@pytest.mark.parametrize(("before", "link"), [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_no_number_of_the_table_of_training_is_cut_at_80_columns(before, link):
+    of_bound = 1.25 if link else None
+    numbers = 12.3456, 0.987, 45.678, 10_239_400_000, 3_733_400_000, 2_031_400_000, 5.54321
+    results = [Trained(name, *numbers, 1_234_400_000, of_bound) for name in SYSTEMS]
+    table = table_of_training(results, {"free": 24.7} if before else {}, "")
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(table)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = "12345.6 0.99 45678 10239 3733 2031 5.54321 1234" + " 1.25" * link
+    rows = [" ".join(re.findall(r"[^│\s]+", line)[1:]) for line in lines]
+    assert rows.count(f"{shown} 2.00x") == before
+    assert rows.count(shown) == len(SYSTEMS) - before
 
 
 def test_a_build_that_deepspeed_would_wait_for_is_found(
@@ -106,6 +146,7 @@ def test_training_can_be_saved_drawn_and_compared(
         ),
         (["training", "--systems", "horovod"], "--systems: expected some of free, zerompi-1,"),
         (["training", "--heads", "5"], "--heads: expected a divisor of --width / 2 = 256, got 5"),
+        (["training", "--link", "0"], "--link: expected more than 0 Gbit/s, got 0"),
         (["training", "--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--sizes", "1KiB", "--repeats", "1", "--plot", "a.xyz"], "--plot: a.xyz: "),
         (["--compare", "/no/such/file"], "/no/such/file: No such file or directory"),

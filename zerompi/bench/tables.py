@@ -46,21 +46,29 @@ def table_of_collectives(
 
 
 def table_of_training(results: Sequence[Trained], before: Mapping[str, float], title: str) -> Table:
-    """One row for each system; see `table_of_collectives`."""
-    columns = ["system", "step", "of free", "CPU", "peak", "held", "reported"]
-    table = Table(*columns, "loss", *(["before"] if before else []), title=title)
+    """One row for each system; see `table_of_collectives`.
+
+    Milliseconds (`step`, `CPU`), megabytes (`peak`, `held`, `report`, and what a node has `sent` to others), and
+    ratios (`free`, `bound`). No number is cut at 80 columns.
+    """
+    sends = any(result.sent for result in results)
+    is_bounded = any(result.of_bound is not None for result in results)
+    names = ["step", "free", "CPU", "peak", "held", "report", "loss"]
+    names += ["sent"] * sends + ["bound"] * is_bounded + ["before"] * bool(before)
+    table = _narrow_table(names, title)
     for result in results:
         row = [
-            result.system,
-            _time(result.seconds),
+            f"{result.seconds * 1e3:.1f}",
             f"{result.ratio:.2f}",
-            _time(result.processor),
-            f"{result.peak / 1e6:,.0f} MB",
-            f"{result.held / 1e6:,.0f} MB",
-            "" if result.reported is None else f"{result.reported / 1e6:,.0f} MB",
+            f"{result.processor * 1e3:.0f}",
+            _megabytes(result.peak),
+            _megabytes(result.held),
+            _megabytes(result.reported),
             "" if result.loss is None else f"{result.loss:.5f}",
         ]
-        table.add_row(*row, *_before(result, before))
+        row += [_megabytes(result.sent)] * sends
+        row += ["" if result.of_bound is None else f"{result.of_bound:.2f}"] * is_bounded
+        table.add_row(result.system, *row, *_before(result, before))
     return table
 
 
@@ -72,12 +80,8 @@ def table_of_checkpoints(
     GB of the files, seconds, the save's by those of zerompi in the same round (`ratio`), and MB by rank
     (`save+`, `load+`). No number is cut at 80 columns.
     """
-    table = Table(title=title, collapse_padding=True, pad_edge=False)
-    table.add_column("system", overflow="fold")
-    for column in ("GB", "save", "ratio", "pause", "first", "load", "GB/s", "save+", "load+"):
-        table.add_column(column, justify="right", no_wrap=True)
-    if before:
-        table.add_column("before", justify="right", no_wrap=True)
+    names = ["GB", "save", "ratio", "pause", "first", "load", "GB/s", "save+", "load+"]
+    table = _narrow_table([*names, *(["before"] if before else [])], title)
     for result in results:
         loads = result.load is not None and result.load_memory is not None
         row = [
@@ -94,6 +98,19 @@ def table_of_checkpoints(
         ]
         table.add_row(*row, *_before(result, before))
     return table
+
+
+def _narrow_table(numbers: Sequence[str], title: str) -> Table:
+    """Of systems, whose names fold, and columns of numbers, which do not."""
+    table = Table(title=title, collapse_padding=True, pad_edge=False)
+    table.add_column("system", overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _megabytes(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{nbytes / 1e6:.0f}"
 
 
 def _before(result: Result | Trained | Stored, before: Mapping[str, float]) -> list[str]:

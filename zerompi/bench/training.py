@@ -23,6 +23,8 @@ from torch import Tensor, nn
 import zerompi
 from zerompi.bench.gloo import gloo, local_rank
 from zerompi.collectives.buffer import give_back_heap
+from zerompi.report import Report
+from zerompi.traffic import between_nodes
 from zerompi.train.model import GPT, VOCABULARY, GPTConfig
 
 FREE = "free"
@@ -74,6 +76,10 @@ class Trained:
             pages count once (PSS).
         held: the same after a step, when what is free has been returned to the system.
         reported: what zerompi's report says of `held`; None for others.
+        sent: bytes that a node sends to others in a step, the mean over nodes, as zerompi counts them; None
+            for others.
+        of_bound: the median over repetitions of the time by that of the bound, which is the longer of the
+            communication-free step and of `sent` bytes on the node's link; None without either.
         loss: the mean over ranks in the last step; None for the communication-free step.
     """
 
@@ -85,6 +91,8 @@ class Trained:
     held: int
     reported: int | None
     loss: float | None
+    sent: int | None = None
+    of_bound: float | None = None
 
     @property
     def key(self) -> str:
@@ -97,11 +105,11 @@ class Running:
 
     Args:
         step: trains on a batch; returns the loss.
-        report: bytes that the system itself says it needs on this rank, if it does.
+        report: what the system itself says of this rank, if it does.
     """
 
     def __init__(
-        self, step: Callable[[Tensor, Tensor], Tensor], report: Callable[[], int] | None = None
+        self, step: Callable[[Tensor, Tensor], Tensor], report: Callable[[], Report] | None = None
     ) -> None:
         self.step = step
         self.report = report
@@ -141,8 +149,7 @@ def _zerompi(
     model = workload.make_model()
     optimizer = _adamw(model.parameters())
     with zerompi.partition(model, optimizer, stage=stage, comm=comm, **options) as zero:
-        step = _plain_step(model, optimizer)
-        yield Running(step, lambda: sum(zero.report().memory.now.values()))
+        yield Running(_plain_step(model, optimizer), zero.report)
 
 
 @contextmanager
@@ -252,6 +259,8 @@ SYSTEMS: dict[str, Maker] = {
     "zerompi-1": partial(_zerompi, 1),
     "zerompi-2": partial(_zerompi, 2),
     "zerompi-3": partial(_zerompi, 3),
+    "zerompi-3-cache": partial(_zerompi, 3, node_cache=True),
+    "zerompi-3-node": partial(_zerompi, 3, shard_ranks="node"),
     "ddp": partial(_ddp, shards_states=False),
     "zero-redundancy": partial(_ddp, shards_states=True),
     "fsdp2": _fsdp2,
@@ -261,10 +270,18 @@ SYSTEMS: dict[str, Maker] = {
 }
 
 
-def available() -> list[str]:
-    """The systems that are installed."""
+ON_NODES = ("zerompi-3-cache", "zerompi-3-node")  # ways to send less between nodes
+
+
+def available(num_nodes: int) -> list[str]:
+    """The systems that are installed, and differ on so many nodes."""
     has_deepspeed = importlib.util.find_spec("deepspeed") is not None
-    return [name for name in SYSTEMS if has_deepspeed or not name.startswith("deepspeed")]
+    return [
+        name
+        for name in SYSTEMS
+        if (has_deepspeed or not name.startswith("deepspeed"))
+        and (num_nodes > 1 or name not in ON_NODES)
+    ]
 
 
 def locked_build() -> Path | None:
@@ -282,7 +299,11 @@ def locked_build() -> Path | None:
 
 
 def measure(
-    comm: MPI.Intracomm, workload: Workload, systems: list[str], repeats: int
+    comm: MPI.Intracomm,
+    workload: Workload,
+    systems: list[str],
+    repeats: int,
+    link: float | None = None,
 ) -> list[Trained]:
     """Let the systems take turns, each made anew in each turn. Collective over `comm`.
 
@@ -291,6 +312,7 @@ def measure(
         workload: what they train.
         systems: names from SYSTEMS; the communication-free step comes first, wanted or not.
         repeats: how many turns.
+        link: bytes per second that a node can send to others, where that is known.
     """
     names = [FREE, *(name for name in systems if name != FREE)]
     turns: dict[str, list[_Turn]] = {name: [] for name in names}
@@ -300,6 +322,14 @@ def measure(
             for name in names:
                 turns[name].append(_take_turn(comm, workload, SYSTEMS[name]))
     free = [turn.seconds for turn in turns[FREE]]
+    num_nodes = zerompi.Topology(comm).num_nodes
+
+    def of_bound(taken: list[_Turn]) -> float | None:
+        if link is None or taken[-1].sent is None:
+            return None
+        on_link = taken[-1].sent / num_nodes / link
+        return median(turn.seconds / max(a, on_link) for a, turn in zip(free, taken, strict=True))
+
     return [
         Trained(
             name,
@@ -310,6 +340,8 @@ def measure(
             taken[-1].held,
             taken[-1].reported,
             None if name == FREE else taken[-1].loss,
+            None if taken[-1].sent is None else taken[-1].sent // num_nodes,
+            of_bound(taken),
         )
         for name, taken in turns.items()
     ]
@@ -322,6 +354,7 @@ class _Turn:
     peak: int
     held: int
     reported: int | None
+    sent: int | None
     loss: float
 
 
@@ -339,11 +372,15 @@ def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
         seconds = comm.allreduce(time.perf_counter() - start, MPI.MAX) / workload.steps
         peak = peak_while(comm, partial(running.step, x, y)) - before
         held = resident_nbytes(comm) - before
-        reported = None if running.report is None else comm.allreduce(running.report())
+        reported = sent = None
+        if running.report is not None:
+            report = running.report()
+            reported = comm.allreduce(sum(report.memory.now.values()))
+            sent = comm.allreduce(between_nodes(report.traffic))
         mean = comm.allreduce(float(loss)) / comm.size
     del running, make
     gc.collect()
-    return _Turn(seconds, processor, peak, held, reported, mean)
+    return _Turn(seconds, processor, peak, held, reported, sent, mean)
 
 
 def resident_nbytes(comm: MPI.Intracomm) -> int:

@@ -57,6 +57,7 @@ class _Options:
     table: str | None
     device: str
     share_devices: bool
+    link: float | None
 
 
 def bench(
@@ -100,6 +101,12 @@ def bench(
     context: int = typer.Option(64, help="Bytes of a sequence.", rich_help_panel=_TRAINING),
     batch: int = typer.Option(1, help="Sequences of each rank.", rich_help_panel=_TRAINING),
     steps: int = typer.Option(3, help="Steps timed together.", rich_help_panel=_TRAINING),
+    link: Optional[float] = typer.Option(  # noqa: UP045
+        None,
+        help="Gbit/s that a node can send to others: show steps by the bound, which is the longer of the step "
+        "without communication and of what a node sends on that link.",
+        rich_help_panel=_TRAINING,
+    ),
     repeats: int = typer.Option(
         5, help="How often each way, or system, takes its turn.", rich_help_panel=_RESULTS
     ),
@@ -144,6 +151,7 @@ def bench(
         table,
         device,
         share_devices,
+        link,
     )
     return partial(_run, options)
 
@@ -183,8 +191,10 @@ def _measure_collectives(options: _Options, world: MPI.Intracomm) -> Sequence[An
 
 
 def _measure_training(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
-    names = agree_on_root(world, lambda: _systems(options))
-    return training_bench.measure(world, options.workload, names, options.repeats)
+    num_nodes = zerompi.Topology(world).num_nodes
+    names = agree_on_root(world, lambda: _systems(options, num_nodes))
+    link = None if options.link is None else options.link * 1e9 / 8
+    return training_bench.measure(world, options.workload, names, options.repeats, link)
 
 
 def _measure_checkpoints(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
@@ -194,13 +204,13 @@ def _measure_checkpoints(options: _Options, world: MPI.Intracomm) -> Sequence[An
     )
 
 
-def _systems(options: _Options) -> list[str]:
+def _systems(options: _Options, num_nodes: int = 1) -> list[str]:
     if options.systems is not None:
         return options.systems.split(",")
     return (
         list(checkpoints_bench.SYSTEMS)
         if options.kind == "checkpoint"
-        else training_bench.available()
+        else training_bench.available(num_nodes)
     )
 
 
@@ -238,7 +248,7 @@ def _check(options: _Options) -> None:
         _chosen("--systems", options.systems, list(checkpoints_bench.SYSTEMS))
     elif options.systems is not None:
         _chosen("--systems", options.systems, list(training_bench.SYSTEMS))
-        _chosen("--systems", options.systems, training_bench.available())
+        _chosen("--systems", options.systems, training_bench.available(num_nodes=2))
     if options.kind == "training" and any(
         name.startswith("deepspeed") for name in _systems(options)
     ):
@@ -247,6 +257,8 @@ def _check(options: _Options) -> None:
             raise InputError(
                 f"--systems: DeepSpeed would wait for a build of its operators: remove {lock} if none runs"
             )
+    if options.link is not None and not options.link > 0:
+        raise InputError(f"--link: expected more than 0 Gbit/s, got {options.link:g}")
     if not os.access(options.directory, os.W_OK):
         raise InputError(f"--directory: expected one to write to, got {options.directory}")
     counts = {**vars(options.workload), "repeats": options.repeats}
