@@ -17,7 +17,15 @@ from harness.mpirun import MPIRun
 from zerompi.bench import checkpoints
 from zerompi.bench.collectives import COLLECTIVES, measure
 from zerompi.bench.tables import table_of_checkpoints, table_of_training
-from zerompi.bench.training import ON_NODES, SYSTEMS, Trained, Workload, available, locked_build
+from zerompi.bench.training import (
+    ON_NODES,
+    SYSTEMS,
+    Trained,
+    Workload,
+    available,
+    locked_build,
+    worthwhile,
+)
 from zerompi.bench.training import measure as measure_training
 
 
@@ -53,7 +61,7 @@ def test_results_can_be_saved_and_compared(run_mpi: Callable[..., MPIRun], tmp_p
 def test_all_systems_train_alike(comm):
     """Equal losses: what is timed is the same training."""
     workload = Workload(layers=2, width=32, heads=2, context=8, batch=2, steps=1)
-    names = available(num_nodes=2)
+    names = available(zerompi.Topology(comm))
     results = {r.system: r for r in measure_training(comm, workload, names, repeats=2)}
     assert set(results) >= {name for name in SYSTEMS if not name.startswith("deepspeed")}
     assert results["free"].ratio == 1
@@ -84,6 +92,32 @@ def test_steps_between_nodes_are_shown_by_what_they_send(comm, monkeypatch):
             assert result.of_bound == pytest.approx(result.seconds / free.seconds)
         else:
             assert result.of_bound == pytest.approx(result.seconds / (result.sent / slow))
+
+
+def test_systems_that_are_not_possible_or_do_not_differ_are_left_out(comm):
+    def systems(nodes):
+        return set(SYSTEMS) - set(worthwhile(zerompi.Topology(comm, ranks_per_node=nodes)))
+
+    missing = {name for name in SYSTEMS if name not in available(zerompi.Topology(comm))}
+    assert systems(comm.size) == missing | set(ON_NODES)
+    if comm.size > 1:
+        assert systems(1) == missing
+    if comm.size > 2:
+        assert systems((1, comm.size - 1)) == missing | {"zerompi-3-node"}
+
+
+def test_the_link_is_given_in_gigabits_a_second(comm, command, monkeypatch):
+    numbers = 1.5, 1.0, 2.5, 1, 2, 3, 4.5, 300_000_000, 1.25
+
+    def measured(world, workload, systems, repeats, link):
+        assert link == 1.25e9
+        return [Trained("zerompi-3", *numbers)]
+
+    monkeypatch.setattr("zerompi.bench.training.measure", measured)
+    run = command("bench", "training", "--link", "10", "--systems", "zerompi-3")
+    assert run.status == 0, run
+    if comm.rank == 0:
+        assert re.search(r"bound.*zerompi-3.*300.*1\.25", run.stdout, re.DOTALL), run
 
 
 @pytest.mark.parametrize(("before", "link"), [(0, 0), (1, 0), (0, 1), (1, 1)])

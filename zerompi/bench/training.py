@@ -76,8 +76,8 @@ class Trained:
             pages count once (PSS).
         held: the same after a step, when what is free has been returned to the system.
         reported: what zerompi's report says of `held`; None for others.
-        sent: bytes that a node sends to others in a step, the mean over nodes, as zerompi counts them; None
-            for others.
+        sent: bytes that a node sends to others in a step, of the one that sends most, as zerompi counts
+            them; None for other systems.
         of_bound: the median over repetitions of the time by that of the bound, which is the longer of the
             communication-free step and of `sent` bytes on the node's link; None without either.
         loss: the mean over ranks in the last step; None for the communication-free step.
@@ -275,15 +275,20 @@ SYSTEMS: dict[str, Maker] = {
 ON_NODES = ("zerompi-1-ahead", "zerompi-3-cache", "zerompi-3-node")
 
 
-def available(num_nodes: int) -> list[str]:
-    """The systems that are installed, and differ on so many nodes."""
-    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
-    return [
-        name
-        for name in SYSTEMS
-        if (has_deepspeed or not name.startswith("deepspeed"))
-        and (num_nodes > 1 or name not in ON_NODES)
-    ]
+def available(topology: zerompi.Topology) -> list[str]:
+    """The systems that are installed, and possible there."""
+    names = list(SYSTEMS)
+    if importlib.util.find_spec("deepspeed") is None:
+        names = [name for name in names if not name.startswith("deepspeed")]
+    if len({len(ranks) for ranks in topology.ranks_of_node}) > 1:
+        names.remove("zerompi-3-node")
+    return names
+
+
+def worthwhile(topology: zerompi.Topology) -> list[str]:
+    """Those of them that differ there: on one node nothing goes between nodes."""
+    is_single = topology.num_nodes == 1
+    return [name for name in available(topology) if not (is_single and name in ON_NODES)]
 
 
 def locked_build() -> Path | None:
@@ -324,12 +329,11 @@ def measure(
             for name in names:
                 turns[name].append(_take_turn(comm, workload, SYSTEMS[name]))
     free = [turn.seconds for turn in turns[FREE]]
-    num_nodes = zerompi.Topology(comm).num_nodes
 
     def of_bound(taken: list[_Turn]) -> float | None:
         if link is None or taken[-1].sent is None:
             return None
-        on_link = taken[-1].sent / num_nodes / link
+        on_link = taken[-1].sent / link
         return median(turn.seconds / max(a, on_link) for a, turn in zip(free, taken, strict=True))
 
     return [
@@ -342,7 +346,7 @@ def measure(
             taken[-1].held,
             taken[-1].reported,
             None if name == FREE else taken[-1].loss,
-            None if taken[-1].sent is None else taken[-1].sent // num_nodes,
+            taken[-1].sent,
             of_bound(taken),
         )
         for name, taken in turns.items()
@@ -378,7 +382,9 @@ def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
         if running.report is not None:
             report = running.report()
             reported = comm.allreduce(sum(report.memory.now.values()))
-            sent = comm.allreduce(between_nodes(report.traffic))
+            of_ranks = comm.allgather(between_nodes(report.traffic))
+            nodes = zerompi.Topology(comm).ranks_of_node
+            sent = max(sum(of_ranks[rank] for rank in ranks) for ranks in nodes)
         mean = comm.allreduce(float(loss)) / comm.size
     del running, make
     gc.collect()

@@ -89,7 +89,8 @@ def bench(
     systems: Optional[str] = typer.Option(  # noqa: UP045
         None,
         help=f"Which of {', '.join(training_bench.SYSTEMS)}, or for checkpoint of "
-        f"{', '.join(checkpoints_bench.SYSTEMS)}; all that are installed if not given.",
+        f"{', '.join(checkpoints_bench.SYSTEMS)}; all that are installed if not given, but "
+        f"{', '.join(training_bench.ON_NODES)} on several nodes only.",
         rich_help_panel=_TRAINING,
     ),
     directory: str = typer.Option(
@@ -158,9 +159,9 @@ def bench(
 
 def _run(options: _Options) -> None:
     world = MPI.COMM_WORLD
-    agree(world, lambda: _check(options))
-    before = agree_on_root(world, lambda: _read(options.compare))
     topology = zerompi.Topology(world)
+    agree(world, lambda: _check(options, topology))
+    before = agree_on_root(world, lambda: _read(options.compare))
     torch.set_num_threads(threads_per_rank(len(topology.ranks_of_node[0])))
     title = f"{topology.size} ranks, {topology.num_nodes} nodes"
     results = _MEASURE[options.kind](options, world)
@@ -191,26 +192,26 @@ def _measure_collectives(options: _Options, world: MPI.Intracomm) -> Sequence[An
 
 
 def _measure_training(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
-    num_nodes = zerompi.Topology(world).num_nodes
-    names = agree_on_root(world, lambda: _systems(options, num_nodes))
+    topology = zerompi.Topology(world)
+    names = agree_on_root(world, lambda: _systems(options, topology))
     link = None if options.link is None else options.link * 1e9 / 8
     return training_bench.measure(world, options.workload, names, options.repeats, link)
 
 
 def _measure_checkpoints(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
-    names = _systems(options)
+    names = _systems(options, zerompi.Topology(world))
     return checkpoints_bench.measure(
         world, options.workload, names, options.repeats, Path(options.directory)
     )
 
 
-def _systems(options: _Options, num_nodes: int = 1) -> list[str]:
+def _systems(options: _Options, topology: zerompi.Topology) -> list[str]:
     if options.systems is not None:
         return options.systems.split(",")
     return (
         list(checkpoints_bench.SYSTEMS)
         if options.kind == "checkpoint"
-        else training_bench.available(num_nodes)
+        else training_bench.worthwhile(topology)
     )
 
 
@@ -234,7 +235,7 @@ _PLOT: dict[str, Callable[..., None]] = {
 # -- options -----------------------------------------------------------------------------------
 
 
-def _check(options: _Options) -> None:
+def _check(options: _Options, topology: zerompi.Topology) -> None:
     _chosen("KIND", options.kind, KINDS)
     _chosen("--collectives", options.collectives, collectives_bench.COLLECTIVES)
     if options.device not in _DEVICES:
@@ -248,9 +249,9 @@ def _check(options: _Options) -> None:
         _chosen("--systems", options.systems, list(checkpoints_bench.SYSTEMS))
     elif options.systems is not None:
         _chosen("--systems", options.systems, list(training_bench.SYSTEMS))
-        _chosen("--systems", options.systems, training_bench.available(num_nodes=2))
+        _chosen("--systems", options.systems, training_bench.available(topology))
     if options.kind == "training" and any(
-        name.startswith("deepspeed") for name in _systems(options)
+        name.startswith("deepspeed") for name in _systems(options, topology)
     ):
         lock = training_bench.locked_build()
         if lock is not None:
