@@ -17,6 +17,7 @@ over. A unit of several modules stays between them, unless it has to make room (
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -45,6 +46,20 @@ _MAX_IDLE = 4
 def in_backward() -> bool:
     """Whether the calling thread runs a backward pass (a recomputed forward is in one)."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _hook(tensor: Tensor, function: Callable[[Tensor], Tensor | None]) -> None:
+    """`tensor.register_hook(function)`, but for the handle, which takes half of the time and nobody needs.
+
+    Here `grad_fn` is asked for first: register_hook crashes on a view whose base was changed in place,
+    of which it then has to be made anew (torch 2.13).
+    """
+    node = tensor.grad_fn
+    if node is None or tensor._backward_hooks is not None:
+        tensor.register_hook(function)
+    else:
+        tensor._backward_hooks = OrderedDict([(-1, function)])  # handles count from 0
+        node._register_hook_dict(tensor)
 
 
 class _Awaited:
@@ -82,7 +97,7 @@ class _Awaited:
         if not tensor.requires_grad:
             return tensor
         tensor = tensor.view_as(tensor)
-        tensor.register_hook(self)
+        _hook(tensor, self)
         self.missing += 1
         return tensor
 
@@ -296,7 +311,7 @@ class Hooks:
         if any(segment.covers(tensor) for segment in unit.segments):
             tensor = tensor.clone()
         if tensor.requires_grad and torch.is_grad_enabled():
-            tensor.register_hook(on_gradient)
+            _hook(tensor, on_gradient)
         return tensor
 
     def _before_model(
@@ -344,7 +359,7 @@ class Hooks:
             if dtype is not None and tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             if tensor.requires_grad:
-                tensor.register_hook(self._scale_gradient)
+                _hook(tensor, self._scale_gradient)
             return tensor
 
         return map_tensors(finish, output)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,21 @@ class Placeholder:
         with torch.inference_mode(False):
             self._element = torch.empty((), dtype=dtype, device=device or tensor.device)
             self._expanded = self._element.expand(tensor.shape)
+        self._element.fill_(self._value)
+        # On the host the element is written as bytes, which takes a fifth of the time.
+        self._address, self._bytes, self._content = 0, memoryview(b""), b""
+        if self._element.device.type == "cpu":
+            self._address = self._element.data_ptr()
+            memory = (ctypes.c_char * dtype.itemsize).from_address(self._address)
+            self._bytes = memoryview(memory).cast("B")
+            self._content = bytes(self._bytes)
 
     def fresh(self) -> Tensor:
         """It, whatever somebody has written into it before."""
-        self._element.fill_(self._value)
+        if self._element.data_ptr() == self._address:
+            self._bytes[:] = self._content
+        else:  # on a device; or share_memory_ has moved it
+            self._element.fill_(self._value)
         return self._expanded
 
 

@@ -44,10 +44,13 @@ class SavedParameters:
     Args:
         units: whose parameters are looked for.
         need: called before a saved parameter is used.
+
+    Attributes:
+        segments: of these units, each with its unit.
     """
 
     def __init__(self, units: Sequence[Unit], need: Callable[[Unit], None]) -> None:
-        self._units = units
+        self.segments = [(unit, segment) for unit in units for segment in unit.segments]
         self._need = need
         self._lasting = _Hooks(self, None).pair()
 
@@ -65,15 +68,6 @@ class SavedParameters:
     def pop(self) -> None:
         """End of what the last `push` began."""
         _autograd._pop_saved_tensors_default_hooks()
-
-    def owner_of(self, tensor: Tensor) -> tuple[Unit, Segment] | tuple[None, None]:
-        """The unit and the segment in whose full parameters the tensor lies."""
-        if tensor.layout is torch.strided:
-            for unit in self._units:
-                for segment in unit.segments:
-                    if segment.covers(tensor):
-                        return unit, segment
-        return None, None
 
     def restore(self, place: _Place) -> Tensor:
         """The part of the full parameters that lies there."""
@@ -94,10 +88,11 @@ class _Hooks:
             hold tensors.
     """
 
-    __slots__ = ("_pack_outer", "_saved", "_unpack_outer", "is_lasting", "outer")
+    __slots__ = ("_pack_outer", "_saved", "_segments", "_unpack_outer", "is_lasting", "outer")
 
     def __init__(self, saved: SavedParameters, outer: Any) -> None:
         self._saved = saved
+        self._segments = saved.segments
         self.outer = outer
         self._pack_outer: Callable[[Tensor], Any] = _same
         self._unpack_outer: Callable[[Any], Tensor] = _same
@@ -111,13 +106,20 @@ class _Hooks:
         return _Pair(self.outer, self.pack, self.unpack)
 
     def pack(self, tensor: Tensor) -> Any:
-        unit, segment = self._saved.owner_of(tensor)
-        if unit is None or segment is None:
-            return self._pack_outer(tensor)
+        # Called for each tensor that autograd saves: the test is `Segment.covers`, without calls.
+        if self._segments and tensor.layout is torch.strided:
+            address = tensor.data_ptr()
+            for unit, segment in self._segments:
+                start = address - segment.address
+                if 0 <= start < segment.full_nbytes:
+                    return self._place(tensor, unit, segment, start)
+        return self._pack_outer(tensor)
+
+    def _place(self, tensor: Tensor, unit: Unit, segment: Segment, start: int) -> Any:
+        """What stands for `tensor`, which lies `start` bytes after the beginning of the full parameters."""
         if tensor.dtype is not segment.dtype or tensor.is_conj() or tensor.is_neg():
             return self._pack_outer(tensor.clone())  # more than a place
-        assert segment.full is not None
-        offset = (tensor.data_ptr() - segment.full.data_ptr()) // tensor.itemsize
+        offset = start // tensor.itemsize
         return _Place(unit, segment, offset, tuple(tensor.size()), tensor.stride())
 
     def unpack(self, packed: Any) -> Tensor:

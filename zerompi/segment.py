@@ -20,6 +20,8 @@ from zerompi.layout import FlatLayout, Range
 from zerompi.placeholder import Placeholder, placeholder
 from zerompi.placement import Placement
 
+_NOWHERE = -(1 << 64)
+
 
 class Segment:
     """Parameters of one unit with the same dtype and the same need of a gradient.
@@ -32,6 +34,7 @@ class Segment:
         full: flat parameters, (padded_numel,), parameter dtype: one for all ranks of the node, or
             this rank's own. Where parameters are sharded, None between uses.
         full_nbytes: its bytes.
+        address: of its first byte, or far below all others.
         owned: per parameter, which part of it lies in `shard`.
         is_resident: whether the full parameters are always there: replicated, of a node together, or
             sharded over one rank.
@@ -75,7 +78,7 @@ class Segment:
         quantize = context.quantize
         self.weight_code = quantize.weight_code(self.dtype) if quantize else None
 
-        self.full: Tensor | None = None
+        self.full = None
         self.is_main_replicated = context.stage.optimizer_state is Placement.REPLICATE
         self.is_node_copy = False
         self.secondary: Tensor | None = None
@@ -104,6 +107,16 @@ class Segment:
             nn.Parameter(self.part(self.main, i), requires_grad=self.trainable)
             for i in range(len(self.parameters))
         ]
+
+    @property
+    def full(self) -> Tensor | None:
+        """See the class."""
+        return self._full
+
+    @full.setter
+    def full(self, full: Tensor | None) -> None:
+        self.address = _NOWHERE if full is None else full.data_ptr()  # before `full` is freed
+        self._full = full
 
     @property
     def own_block(self) -> Tensor:
@@ -299,8 +312,7 @@ class Segment:
 
     def covers(self, tensor: Tensor) -> bool:
         """Whether `tensor` lies in the full parameters that are here now."""
-        full = self.full
-        return full is not None and 0 <= tensor.data_ptr() - full.data_ptr() < self.full_nbytes
+        return 0 <= tensor.data_ptr() - self.address < self.full_nbytes
 
     def hide(self) -> None:
         """Leave placeholders where the parameters' values were."""

@@ -184,6 +184,39 @@ def test_evaluation_sees_the_updated_parameters(comm, stage):
             torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-5)
 
 
+class ChangedView(nn.Module):
+    """Returns a view of something that is changed in place after the view was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = torch.tanh(self.linear(x)) * 2
+        view = y.view_as(y)
+        y.mul_(3)
+        return view
+
+
+def test_what_a_module_returns_may_be_a_view_whose_base_was_changed(comm, stage):
+    torch.manual_seed(5)
+    reference = nn.Sequential(ChangedView(), nn.Linear(4, 4), ChangedView()).double()
+    model = nn.Sequential(ChangedView(), nn.Linear(4, 4), ChangedView()).double()
+    model.load_state_dict(reference.state_dict())
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (reference, model)]
+    x = torch.randn(GLOBAL_BATCH, 4, dtype=torch.float64)
+    own_x, _ = own_slice((x, x), comm.rank, comm.size)
+    options = {"stage": stage, "comm": comm, "units": list(model)}
+    with zerompi.partition(model, optimizers[1], **options) as zero:
+        for _ in range(3):
+            reference(x).square().mean().backward()
+            model(own_x).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_same_weights(zero.full_state_dict(), reference)
+
+
 def test_schedulers_work_on_the_param_groups(comm, stage):
     case = CASES["gpt"]
     runs = []
