@@ -54,8 +54,7 @@ def table_of_training(results: Sequence[Trained], before: Mapping[str, float], t
     sends = any(result.sent for result in results)
     is_bounded = any(result.of_bound is not None for result in results)
     names = ["step", "free", "CPU", "peak", "held", "report", "loss"]
-    names += ["sent"] * sends + ["bound"] * is_bounded + ["before"] * bool(before)
-    table = _narrow_table(names, title)
+    table = _narrow_table([*names, *["sent"] * sends, *["bound"] * is_bounded], before, title)
     for result in results:
         row = [
             f"{result.seconds * 1e3:.1f}",
@@ -81,7 +80,7 @@ def table_of_checkpoints(
     (`save+`, `load+`). No number is cut at 80 columns.
     """
     names = ["GB", "save", "ratio", "pause", "first", "load", "GB/s", "save+", "load+"]
-    table = _narrow_table([*names, *(["before"] if before else [])], title)
+    table = _narrow_table(names, before, title)
     for result in results:
         loads = result.load is not None and result.load_memory is not None
         row = [
@@ -93,18 +92,18 @@ def table_of_checkpoints(
             f"{result.first_pause:.2f}",
             f"{result.load or 0:.2f}" if loads else "",
             f"{result.nbytes / (result.load or 1) / 1e9:.2f}" if loads else "",
-            f"{result.save_memory / 1e6:.0f}",
-            f"{(result.load_memory or 0) / 1e6:.0f}" if loads else "",
+            _megabytes(result.save_memory),
+            _megabytes(result.load_memory if loads else None),
         ]
         table.add_row(*row, *_before(result, before))
     return table
 
 
-def _narrow_table(numbers: Sequence[str], title: str) -> Table:
-    """Of systems, whose names fold, and columns of numbers, which do not."""
+def _narrow_table(numbers: Sequence[str], before: Mapping[str, float], title: str) -> Table:
+    """Of systems, whose names fold, and columns of numbers, which do not; the last one for `_before`."""
     table = Table(title=title, collapse_padding=True, pad_edge=False)
     table.add_column("system", overflow="fold")
-    for name in numbers:
+    for name in [*numbers, *["before"] * bool(before)]:
         table.add_column(name, justify="right", no_wrap=True)
     return table
 

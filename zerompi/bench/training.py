@@ -7,7 +7,7 @@ import importlib.util
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -287,8 +287,8 @@ def available(topology: zerompi.Topology) -> list[str]:
 
 def worthwhile(topology: zerompi.Topology) -> list[str]:
     """Those of them that differ there: on one node nothing goes between nodes."""
-    is_single = topology.num_nodes == 1
-    return [name for name in available(topology) if not (is_single and name in ON_NODES)]
+    without = ON_NODES if topology.is_single_node else ()
+    return [name for name in available(topology) if name not in without]
 
 
 def locked_build() -> Path | None:
@@ -323,11 +323,12 @@ def measure(
     """
     names = [FREE, *(name for name in systems if name != FREE)]
     turns: dict[str, list[_Turn]] = {name: [] for name in names}
+    nodes = zerompi.Topology(comm).ranks_of_node
     _adamw([nn.Parameter(torch.zeros(2))])  # torch loads what it needs
     with gloo(comm):  # once: DeepSpeed keeps what it has seen of it
         for _ in range(repeats):
             for name in names:
-                turns[name].append(_take_turn(comm, workload, SYSTEMS[name]))
+                turns[name].append(_take_turn(comm, workload, SYSTEMS[name], nodes))
     free = [turn.seconds for turn in turns[FREE]]
 
     def of_bound(taken: list[_Turn]) -> float | None:
@@ -364,7 +365,9 @@ class _Turn:
     loss: float
 
 
-def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
+def _take_turn(
+    comm: MPI.Intracomm, workload: Workload, make: Maker, nodes: Sequence[Sequence[int]]
+) -> _Turn:
     x, y = workload.make_batch(comm.rank)
     before = resident_nbytes(comm)
     with make(workload, comm) as running:
@@ -383,7 +386,6 @@ def _take_turn(comm: MPI.Intracomm, workload: Workload, make: Maker) -> _Turn:
             report = running.report()
             reported = comm.allreduce(sum(report.memory.now.values()))
             of_ranks = comm.allgather(between_nodes(report.traffic))
-            nodes = zerompi.Topology(comm).ranks_of_node
             sent = max(sum(of_ranks[rank] for rank in ranks) for ranks in nodes)
         mean = comm.allreduce(float(loss)) / comm.size
     del running, make

@@ -164,7 +164,7 @@ def _run(options: _Options) -> None:
     before = agree_on_root(world, lambda: _read(options.compare))
     torch.set_num_threads(threads_per_rank(len(topology.ranks_of_node[0])))
     title = f"{topology.size} ranks, {topology.num_nodes} nodes"
-    results = _MEASURE[options.kind](options, world)
+    results = _MEASURE[options.kind](options, world, topology)
     agree_on_root(world, lambda: _write(options, results, topology))
     if options.table is not None:
         rows = collectives_bench.choice_rows(world, results)
@@ -176,7 +176,9 @@ def _run(options: _Options) -> None:
         make_console().print(_TABLE[options.kind](results, before, title))
 
 
-def _measure_collectives(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
+def _measure_collectives(
+    options: _Options, world: MPI.Intracomm, _: zerompi.Topology
+) -> Sequence[Any]:
     measures: list[Callable[..., list[Any]]] = [collectives_bench.measure]
     if options.device == "cuda":
         agree(world, lambda: zerompi.use_device(world, share=options.share_devices))
@@ -191,15 +193,18 @@ def _measure_collectives(options: _Options, world: MPI.Intracomm) -> Sequence[An
     ]
 
 
-def _measure_training(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
-    topology = zerompi.Topology(world)
+def _measure_training(
+    options: _Options, world: MPI.Intracomm, topology: zerompi.Topology
+) -> Sequence[Any]:
     names = agree_on_root(world, lambda: _systems(options, topology))
     link = None if options.link is None else options.link * 1e9 / 8
     return training_bench.measure(world, options.workload, names, options.repeats, link)
 
 
-def _measure_checkpoints(options: _Options, world: MPI.Intracomm) -> Sequence[Any]:
-    names = _systems(options, zerompi.Topology(world))
+def _measure_checkpoints(
+    options: _Options, world: MPI.Intracomm, topology: zerompi.Topology
+) -> Sequence[Any]:
+    names = _systems(options, topology)
     return checkpoints_bench.measure(
         world, options.workload, names, options.repeats, Path(options.directory)
     )
@@ -215,7 +220,7 @@ def _systems(options: _Options, topology: zerompi.Topology) -> list[str]:
     )
 
 
-_MEASURE: dict[str, Callable[[_Options, MPI.Intracomm], Sequence[Any]]] = {
+_MEASURE: dict[str, Callable[[_Options, MPI.Intracomm, zerompi.Topology], Sequence[Any]]] = {
     "collectives": _measure_collectives,
     "training": _measure_training,
     "checkpoint": _measure_checkpoints,
