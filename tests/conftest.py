@@ -17,7 +17,7 @@ from mpi4py import MPI  # isort: skip
 
 from harness import ranks
 from harness.commands import CommandRun
-from harness.cover import cases_left_out
+from harness.cover import ALONE, Sharing, cases_left_out
 from harness.memory import ON_DEVICE
 from harness.mpirun import MPIRun
 
@@ -43,9 +43,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--part K/N`: one of N runs that together run everything; with `:DIRECTORY`, only of what is there."""
+    """Runs that together run everything: `--part K/N` is one of N; `--shared K/N`, by the cases of each test.
+
+    With `:DIRECTORY`, only of what is there.
+    """
     parser.addoption(
-        "--part", default="1/1", help="run some of N parts of the tests: K[+L...]/N[:DIRECTORY]"
+        "--part", default="1/1", help="run some of N parts of the tests: K/N[:DIRECTORY]"
+    )
+    parser.addoption(
+        "--shared",
+        default="1/1",
+        help="run some cases of each test (harness/cover.py): K/N[:DIRECTORY]",
     )
 
 
@@ -60,28 +68,36 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out cases (harness/cover.py), what needs no ranks, and the tests of other parts; all ranks alike."""
-    library, size = MPI.get_vendor()[0], MPI.COMM_WORLD.size
-    part, _, directory = config.getoption("--part").partition(":")
-    numbers, _, of = part.partition("/")
-    wanted, count = {int(number) - 1 for number in numbers.split("+")}, int(of)
-    divided = {
-        item for item in items if count > 1 and config.rootpath / directory in item.path.parents
-    }
-    # Other cases elsewhere; but what is divided among transports is whole only if they divide the same.
-    transport = os.environ.get("ZEROMPI_DEVICE_TRANSPORT")
-    left_out = set()
-    for some, way in (
-        ([item for item in items if item in divided], "device"),
-        ([item for item in items if item not in divided], transport),
-    ):
-        place = way if ON_DEVICE else "host"
-        left_out |= cases_left_out(some, f"{library}, {size} ranks, {place}")
-    if size > 1:
+    ranks = f"{MPI.get_vendor()[0]}, {MPI.COMM_WORLD.size} ranks"
+    sharing, are_shared = _some_of(config, "--shared", items)
+    # Other cases elsewhere; but what runs share is whole only if they divide the same.
+    way = os.environ.get("ZEROMPI_DEVICE_TRANSPORT") if ON_DEVICE else "host"
+    alone = [item for item in items if item not in are_shared]
+    left_out = cases_left_out(alone, f"{ranks}, {way}")
+    left_out |= cases_left_out(
+        [item for item in items if item in are_shared], f"{ranks}, shared", sharing
+    )
+    if MPI.COMM_WORLD.size > 1:
         left_out |= {item for item in items if item.path.parent.name in _ON_ONE_RANK}
+    part, are_divided = _some_of(config, "--part", items)
     # Not by position, which goes with the stage.
-    elsewhere = {item for item in divided if crc32(item.nodeid.encode()) % count not in wanted}
-    config.hook.pytest_deselected(items=[*left_out, *(elsewhere - left_out)])
-    items[:] = [item for item in items if item not in left_out | elsewhere]
+    left_out |= {
+        item for item in are_divided if crc32(item.nodeid.encode()) % part.runs != part.run
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _some_of(
+    config: pytest.Config, option: str, items: list[pytest.Item]
+) -> tuple[Sharing, set[pytest.Item]]:
+    """K of N, and the items that an option of the form K/N[:DIRECTORY] speaks of."""
+    share, _, directory = config.getoption(option).partition(":")
+    number, of = share.split("/")
+    sharing = Sharing(int(number) - 1, int(of))
+    if sharing == ALONE:
+        return sharing, set()
+    return sharing, {item for item in items if config.rootpath / directory in item.path.parents}
 
 
 @pytest.fixture

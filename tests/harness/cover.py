@@ -6,6 +6,10 @@ only, where nothing depends on two of them together; `cover(3)` for all that any
 `where=` says of the parameters of a case, a dict, whether it can be: others run nowhere, and what
 only they have need not occur. Tests with known interactions of three parameters are not marked.
 
+Runs that differ in something else, like the transport, can share the cases. Of each test, marked or not,
+each run has one case or more, and what should run runs in one of them; the runs are one more parameter, in which
+each value of another one meets each run if the test is marked `cover`.
+
 ZEROMPI_ALL_CASES=1 runs all cases that can be; so does a case named on pytest's command line.
 """
 
@@ -31,21 +35,46 @@ class _Arguments(NamedTuple):
 
 
 def covering(rows: Sequence[Sequence[Hashable]], strength: int = 2, *, seed: str = "") -> list[int]:
-    """Positions of few rows, ascending, in which all that `strength` columns have together occurs.
+    """Positions of few rows, ascending, in which all that `strength` columns have together occurs."""
+    return _fewest([_together(row, strength) for row in rows], seed)
 
-    Greedy: next comes a row with most of what is missing, of several the first in an order that
-    `seed` decides.
+
+def shared(
+    rows: Sequence[Sequence[Hashable]], strength: int, runs: int, *, pairs: bool, seed: str = ""
+) -> list[list[int]]:
+    """The same for several runs together: positions for each of them, with at least one.
+
+    With `pairs`, each value of a column occurs in each run.
     """
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
     parts = [
-        {
-            (columns, tuple(row[column] for column in columns))
-            for columns in combinations(range(len(row)), min(strength, len(row)))
-        }
+        _together(row, strength) | {(run, part) for part in _together(row, int(pairs))}
+        for run in range(runs)
         for row in rows
     ]
-    missing = set().union(*parts)
+    chosen = _fewest(parts, seed)
+    return [
+        [position % len(rows) for position in chosen if position // len(rows) == run]
+        for run in range(runs)
+    ]
+
+
+def _together(row: Sequence[Hashable], strength: int) -> set[Hashable]:
+    """What `strength` columns of a row have together."""
+    return {
+        (columns, tuple(row[column] for column in columns))
+        for columns in combinations(range(len(row)), min(strength, len(row)))
+    }
+
+
+def _fewest(parts: Sequence[set[Hashable]], seed: str) -> list[int]:
+    """Positions of few sets, ascending, that have all that any has.
+
+    Greedy: next comes a set with most of what is missing, of several the first in an order that
+    `seed` decides.
+    """
+    order = list(range(len(parts)))
+    random.Random(seed).shuffle(order)
+    missing = set[Hashable]().union(*parts)
     chosen = []
     while missing:
         best = max(order, key=lambda position: len(parts[position] & missing))
@@ -59,28 +88,42 @@ def all_cases() -> bool:
     return os.environ.get(ALL_CASES, "0") != "0"
 
 
-def cases_left_out(items: Sequence[pytest.Item], seed: str) -> set[pytest.Item]:
-    """Those of the collected tests that need not run."""
+class Sharing(NamedTuple):
+    """Which of several runs this is."""
+
+    run: int
+    runs: int
+
+
+ALONE = Sharing(0, 1)
+
+
+def cases_left_out(
+    items: Sequence[pytest.Item], seed: str, sharing: Sharing = ALONE
+) -> set[pytest.Item]:
+    """Those of the collected tests that need not run, or run elsewhere."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("cover") is not None and hasattr(item, "callspec"):
-            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return {item for cases in tests.values() for item in _left_out(cases, seed)}
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return {item for cases in tests.values() for item in _left_out(cases, seed, sharing)}
 
 
-def _left_out(cases: list[pytest.Item], seed: str) -> set[pytest.Item]:
-    marker = cases[0].get_closest_marker("cover")
-    arguments = _Arguments(*marker.args, **marker.kwargs)
-    possible = [case for case in cases if arguments.where(case.callspec.params)]
-    if all_cases():
+def _left_out(cases: list[pytest.Item], seed: str, sharing: Sharing) -> set[pytest.Item]:
+    marker = cases[0].get_closest_marker("cover") if _row(cases[0]) else None
+    if marker is None:
+        possible, strength = cases, len(cases)  # all of them
+    else:
+        arguments = _Arguments(*marker.args, **marker.kwargs)
+        possible = [case for case in cases if arguments.where(case.callspec.params)]
+        strength = arguments.strength
+    if all_cases() or (marker is None and sharing == ALONE):
         return set(cases).difference(possible)
-    # Cases that have a value have the same object, which need not be hashable.
-    rows = [
-        tuple(
-            (name, id(value))
-            for name, value in sorted(case.callspec.params.items(), key=itemgetter(0))
-        )
-        for case in possible
-    ]
-    chosen = covering(rows, arguments.strength, seed=seed)
-    return set(cases).difference(possible[position] for position in chosen)
+    rows = [_row(case) for case in possible]
+    of_runs = shared(rows, strength, sharing.runs, pairs=marker is not None, seed=seed)
+    return set(cases).difference(possible[position] for position in of_runs[sharing.run])
+
+
+def _row(case: pytest.Item) -> tuple[Hashable, ...]:
+    """The values of its parameters: cases that have a value have the same object, which need not be hashable."""
+    params = case.callspec.params.items() if hasattr(case, "callspec") else ()
+    return tuple((name, id(value)) for name, value in sorted(params, key=itemgetter(0)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations, product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.cover import covering
+from harness.cover import covering, shared
 
 
 def together(rows, strength):
@@ -41,6 +42,32 @@ def test_all_pairs_need_far_fewer_cases_than_the_product(sizes, fewest, most):
     rows = list(product(*map(range, sizes)))
     assert fewest <= len(covering(rows)) <= most
     assert len(covering(rows, 1)) == max(sizes)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5), max_size=3),
+    strength=st.integers(1, 3),
+    runs=st.integers(1, 3),
+    pairs=st.booleans(),
+)
+def test_runs_that_share_the_cases_have_them_all(sizes, strength, runs, pairs):
+    rows = list(product(*map(range, sizes)))
+    of_runs = shared(rows, strength, runs, pairs=pairs)
+    assert len(of_runs) == runs and all(of_runs)
+    strength = min(strength, len(sizes))
+    somewhere = [rows[position] for positions in of_runs for position in positions]
+    assert together(somewhere, strength) == together(rows, strength)
+    if pairs:
+        for positions in of_runs:
+            chosen = [rows[position] for position in positions]
+            assert together(chosen, min(1, len(sizes))) == together(rows, min(1, len(sizes)))
+
+
+def test_a_few_runs_need_little_more_than_one():
+    rows = list(product(range(5), range(16), range(4)))
+    of_runs = shared(rows, 2, 3, pairs=True)
+    assert sum(map(len, of_runs)) <= 90
+    assert sorted(sum(shared(rows, len(rows), 3, pairs=False), [])) == list(range(len(rows)))
 
 
 def test_the_choice_goes_with_the_seed_alone():
@@ -88,3 +115,39 @@ def test_marked_tests_run_with_some_of_their_cases(run_suite, monkeypatch, value
     job = run_suite(SUITE)
     assert job.returncode == 0, job.output
     assert f"{some + few + 12 + 1} passed, {24 - some + 12 - few} deselected" in job.output
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_runs_share_the_cases_of_each_test(run_suite, monkeypatch, value):
+    """What each test has seen in three runs: every case of it, and each run some."""
+    monkeypatch.setenv("ZEROMPI_ALL_CASES", value)
+    seen = {"few": [], "all": [], "one": []}
+    for run in ("1/3", "2/3", "3/3"):
+        job = run_suite(SHARED, program=("-m", "pytest", "--shared", run, "-s"))
+        assert job.returncode == 0, job.output
+        for name, cases in seen.items():
+            cases.append(set(re.findall(rf"<{name} \S*>", job.output)))
+            assert cases[-1]
+    counts = {name: len(set.union(*cases)) for name, cases in seen.items()}
+    assert counts == {"few": 12, "all": 12, "one": 1}
+    runs = sum(len(cases) for cases in seen["all"])
+    assert runs == (36 if value == "1" else 12)
+    for cases in seen["few"]:
+        assert {case.split()[1][0] for case in cases} == set("0123")
+
+
+SHARED = """
+    @pytest.mark.cover
+    @pytest.mark.parametrize("layout", range(4))
+    @pytest.mark.parametrize("shape", range(3))
+    def test_few(layout, shape):
+        print(f"<few {layout}{shape}>" * (WORLD.rank == 0))
+
+    @pytest.mark.parametrize("layout", range(4))
+    @pytest.mark.parametrize("shape", range(3))
+    def test_all(layout, shape):
+        print(f"<all {layout}{shape}>" * (WORLD.rank == 0))
+
+    def test_one():
+        print("<one case>" * (WORLD.rank == 0))
+"""

@@ -20,7 +20,7 @@ from models import CASES, build, own_slice
 
 CASE = CASES["gpt"]
 STAGES = (0, 1, 2, 3)
-BEFORE, AFTER = range(3), range(3, 13 if all_cases() else 8)
+BEFORE, AFTER = range(3), range(3, 13 if all_cases() else 6)
 
 
 @pytest.fixture

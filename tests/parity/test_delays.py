@@ -14,7 +14,7 @@ import zerompi
 from harness.memory import ON_DEVICE
 from models import CASES, build, own_slice
 
-STEPS = 4 if ON_DEVICE else 20
+STEPS = 4 if ON_DEVICE else 12
 
 pytestmark = pytest.mark.skipif(
     MPI.COMM_WORLD.size < 4 and not ON_DEVICE, reason="takes long, and 4 ranks show it best"

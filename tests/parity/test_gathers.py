@@ -217,7 +217,7 @@ def test_each_unit_is_gathered_ahead_once_its_order_is_known(comm, topology, mon
 @pytest.mark.mpi(min_size=2)
 def test_small_units_are_gathered_together(comm, topology):
     torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(160)])
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(48)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with zerompi.partition(
         model, optimizer, units=list(model), comm=comm, topology=topology
@@ -229,7 +229,7 @@ def test_small_units_are_gathered_together(comm, topology):
             optimizer.zero_grad()
             headers.append(sum(zero.report().traffic["header"].values()))
     if zero.num_copies > 1:
-        assert headers[1] == headers[2] <= headers[0] - 16 * (comm.size - 1) * 250
+        assert headers[1] == headers[2] <= headers[0] - 16 * (comm.size - 1) * 60
 
 
 class Switching(nn.Module):

@@ -149,8 +149,8 @@ def make(way, kind):
 
 
 def steps(model, optimizer, kind, part=slice(None)):
-    """Four steps on this part of each batch."""
-    for step in range(4):
+    """Three steps on this part of each batch."""
+    for step in range(3):
         if kind == "dropped":
             model.dropped = {step, step + 1, 2 * step + 3}
         x = data(step)[part]

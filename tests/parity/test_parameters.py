@@ -169,7 +169,7 @@ def train(net, optimizer, steps, rank=0, size=1, reduce=lambda loss: loss):
 def trained(kind):
     """Losses and model of plain torch."""
     net, optimizer = make(kind, 3)
-    return train(net, optimizer, 8), net
+    return train(net, optimizer, 5), net
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -179,7 +179,7 @@ def test_trains_like_unsharded_torch(comm, kind, stage):
     net, optimizer = make(kind, 3 + comm.rank)
     with zerompi.partition(net, optimizer, stage=stage, comm=comm) as zero:
         losses = train(
-            net, optimizer, 8, comm.rank, comm.size, lambda loss: comm.allreduce(loss) / comm.size
+            net, optimizer, 5, comm.rank, comm.size, lambda loss: comm.allreduce(loss) / comm.size
         )
         state = zero.full_state_dict()
     assert losses == pytest.approx(expected, rel=1e-5)

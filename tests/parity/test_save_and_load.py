@@ -106,7 +106,7 @@ def test_any_layout_loads_what_any_layout_wrote(comm, shared, written_as, name):
     """Frozen and tied parameters among them; saved again, the same bytes.
 
     What is frozen has no main weights: it is rounded to the dtype of the parameters of each layout.
-    Each pair of layouts is tried with one of the models, by turns, unless all cases run.
+    Each layout is tried with a third of the others, by turns, unless all cases run.
     """
     if written_as not in layouts(comm):
         pytest.skip("needs an even number of ranks")
@@ -119,7 +119,7 @@ def test_any_layout_loads_what_any_layout_wrote(comm, shared, written_as, name):
         zero.save(shared / "a")
     turn = list(layouts(comm)).index(written_as) + (name == "lora")
     for number, (read_as, options) in enumerate(layouts(comm).items()):
-        if (turn + number) % 2 and not all_cases():
+        if (turn + number) % 3 and not all_cases():
             continue
         model, optimizer = build(case, seed=99)
         with zerompi.partition(model, optimizer, comm=comm, **options) as zero:

@@ -69,7 +69,7 @@ def data(comm, step):
 def passes(model, optimizer, zero, comm, kind):
     """Losses of some steps, with all that may come between a forward and its backward."""
     losses = []
-    for step in range(4):
+    for step in range(3):
         if kind == "accumulate":
             with zero.accumulate(2):
                 for half in range(2):
