@@ -71,3 +71,32 @@ def test_who_waits_in_another_thread_does_not_count(longest_sleep):
             return longest_sleep()
 
     assert in_another_thread(measure) == in_another_thread(longest_sleep)
+
+
+class Ranks:
+    """Stands for the ranks of a node, bound to these cores each."""
+
+    def __init__(self, *masks):
+        self.masks = masks
+
+    def allgather(self, own):
+        return list(map(frozenset, self.masks))
+
+    def allreduce(self, own):
+        return own * len(self.masks)
+
+
+@pytest.mark.parametrize(
+    ("masks", "cores", "has_spare"),
+    [
+        ([{0}, {1}], 2, False),  # a core for each, and none for those who wait
+        ([{0, 1}, {2, 3}], 4, True),
+        ([{0, 1}, {0, 1}], 2, False),
+        ([{0, 1, 2, 3}] * 2, 4, True),
+        ([{0, 1, 2}, {2, 3}], 4, True),
+    ],
+)
+def test_ranks_that_are_bound_have_the_cores_of_all(masks, cores, has_spare, monkeypatch):
+    monkeypatch.setattr(waiting.torch, "get_num_threads", lambda: 1)
+    assert waiting.num_cores(Ranks(*masks)) == cores
+    assert waiting.has_spare_cores(Ranks(*masks)) == has_spare

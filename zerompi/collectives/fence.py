@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -72,6 +71,7 @@ class Fence:
         synchronise: a full memory barrier between the ranks (MPI_Win_sync).
         progress: called now and then while a rank waits, so that messages to other nodes move on.
         asleep: entered while a rank sleeps.
+        looks: how often a rank looks before it sleeps.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Fence:
         synchronise: Callable[[], None],
         progress: Callable[[], object],
         asleep: AbstractContextManager[object],
+        looks: int = 0,
     ) -> None:
         self.rank, self.size = rank, size
         self.count = 0
@@ -93,9 +94,7 @@ class Fence:
         self._synchronise = synchronise
         self._progress = progress
         self._asleep = asleep
-        # A rank that has a core for itself looks a few times before it sleeps.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        self._looks = 0 if size > cores else 200
+        self._looks = looks
 
     # -- fences --------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from zerompi.collectives.fence import RANK_NBYTES, Fence
+from zerompi.collectives.waiting import num_cores
 from zerompi.memory import Flat
 
 PAGE_NBYTES = 4096
@@ -24,6 +25,7 @@ _SWITCH = "ZEROMPI_SHARED_MEMORY"
 # a limit, of its address space, in which the windows of all ranks of the node count.
 _SHARE_OF_FREE = 0.9
 _SHARE_OF_ADDRESSES = 0.25
+_LOOKS = 200  # at a fence, before a rank that has a core sleeps
 _WHERE_WINDOWS_LIE = "/dev/shm"  # noqa: S108
 
 
@@ -94,9 +96,15 @@ class SharedNode:
         self.comm = comm
         self._window = Window(comm, [RANK_NBYTES] * comm.size)
         self._window.parts(0, RANK_NBYTES, torch.uint8)[comm.rank].zero_()
-        comm.Barrier()
+        has_core = num_cores(comm) >= comm.size  # collective: now the counters of all are zero
         self.fence = Fence(
-            self._window.address, comm.rank, comm.size, self._window.synchronise, progress, asleep
+            self._window.address,
+            comm.rank,
+            comm.size,
+            self._window.synchronise,
+            progress,
+            asleep,
+            looks=_LOOKS if has_core else 0,
         )
         self.half = 0
         self._staging: Window | None = None

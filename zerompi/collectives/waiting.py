@@ -26,11 +26,14 @@ _SLEEP = 1 / 8  # of the time waited so far
 
 def has_spare_cores(node_comm: MPI.Intracomm) -> bool:
     """Whether this node has a core for every thread that computes, and one for each rank's waiting. Collective."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
-    of_all = node_comm.allgather((frozenset(cores), torch.get_num_threads() + 1))
-    distinct = frozenset[int]().union(*(mask for mask, _ in of_all))
-    wanted: int = sum(threads for _, threads in of_all)
-    return len(distinct) >= wanted
+    wanted: int = node_comm.allreduce(torch.get_num_threads() + 1)
+    return num_cores(node_comm) >= wanted
+
+
+def num_cores(node_comm: MPI.Intracomm) -> int:
+    """On how many cores the ranks of this node may run, each perhaps bound to some of them. Collective."""
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+    return len(frozenset[int]().union(*node_comm.allgather(frozenset(own))))
 
 
 def wait_all(requests: Sequence[MPI.Request], *, polls: bool) -> None:
