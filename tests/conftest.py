@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from zlib import crc32
@@ -43,18 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Runs that together run everything: `--part K/N` is one of N; `--shared K/N`, by the cases of each test.
+    """`--part K/N` runs one of N parts of the tests, `--shared K/N` some cases of each test.
 
-    With `:DIRECTORY`, only of what is there.
+    The N runs together run everything. With `:DIRECTORY`, only what is there is divided.
     """
-    parser.addoption(
-        "--part", default="1/1", help="run some of N parts of the tests: K/N[:DIRECTORY]"
-    )
-    parser.addoption(
-        "--shared",
-        default="1/1",
-        help="run some cases of each test (harness/cover.py): K/N[:DIRECTORY]",
-    )
+    for option, what in (
+        ("--part", "one of N parts of the tests"),
+        ("--shared", "a share of the cases of each test (harness/cover.py)"),
+    ):
+        parser.addoption(option, default="1/1", help=f"run {what}: K/N[:DIRECTORY]")
 
 
 @pytest.hookimpl(trylast=True)
@@ -67,23 +65,21 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out cases (harness/cover.py), what needs no ranks, and the tests of other parts; all ranks alike."""
-    ranks = f"{MPI.get_vendor()[0]}, {MPI.COMM_WORLD.size} ranks"
-    sharing, are_shared = _some_of(config, "--shared", items)
+    """Leave out cases (harness/cover.py), what needs no ranks, and tests of other parts; all ranks alike."""
+    world = f"{MPI.get_vendor()[0]}, {MPI.COMM_WORLD.size} ranks"
+    sharing, shared_items = _some_of(config, "--shared", items)
     # Other cases elsewhere; but what runs share is whole only if they divide the same.
-    way = os.environ.get("ZEROMPI_DEVICE_TRANSPORT") if ON_DEVICE else "host"
-    alone = [item for item in items if item not in are_shared]
-    left_out = cases_left_out(alone, f"{ranks}, {way}")
+    place = os.environ.get("ZEROMPI_DEVICE_TRANSPORT") if ON_DEVICE else "host"
+    others = [item for item in items if item not in shared_items]
+    left_out = cases_left_out(others, f"{world}, {place}")
     left_out |= cases_left_out(
-        [item for item in items if item in are_shared], f"{ranks}, shared", sharing
+        [item for item in items if item in shared_items], f"{world}, shared", sharing
     )
     if MPI.COMM_WORLD.size > 1:
         left_out |= {item for item in items if item.path.parent.name in _ON_ONE_RANK}
-    part, are_divided = _some_of(config, "--part", items)
+    part, divided = _some_of(config, "--part", items)
     # Not by position, which goes with the stage.
-    left_out |= {
-        item for item in are_divided if crc32(item.nodeid.encode()) % part.runs != part.run
-    }
+    left_out |= {item for item in divided if crc32(item.nodeid.encode()) % part.runs != part.run}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 
@@ -91,13 +87,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _some_of(
     config: pytest.Config, option: str, items: list[pytest.Item]
 ) -> tuple[Sharing, set[pytest.Item]]:
-    """K of N, and the items that an option of the form K/N[:DIRECTORY] speaks of."""
-    share, _, directory = config.getoption(option).partition(":")
-    number, of = share.split("/")
-    sharing = Sharing(int(number) - 1, int(of))
-    if sharing == ALONE:
-        return sharing, set()
-    return sharing, {item for item in items if config.rootpath / directory in item.path.parents}
+    """Which run this is, and the items that the runs divide, by an option of the form K/N[:DIRECTORY]."""
+    value = config.getoption(option)
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)(?::(.+))?", value)
+    place = config.rootpath / ((match and match[3]) or "")
+    if not match or int(match[1]) > int(match[2]) or not place.is_dir():
+        raise pytest.UsageError(
+            f"{option}: expected K/N or K/N:DIRECTORY with K from 1 to N, got {value}"
+        )
+    sharing = Sharing(int(match[1]) - 1, int(match[2]))
+    divided = {item for item in items if place in item.path.parents}
+    return sharing, set() if sharing == ALONE else divided
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ only, where nothing depends on two of them together; `cover(3)` for all that any
 `where=` says of the parameters of a case, a dict, whether it can be: others run nowhere, and what
 only they have need not occur. Tests with known interactions of three parameters are not marked.
 
-Runs that differ in something else, like the transport, can share the cases. Of each test, marked or not,
-each run has one case or more, and what should run runs in one of them; the runs are one more parameter, in which
-each value of another one meets each run if the test is marked `cover`.
+Runs that differ in something else, like the transport, can share the cases. Each has at least one
+case of every test, and together they have all that would run alone. Of a test marked `cover` every
+value of each parameter occurs in each run.
 
-ZEROMPI_ALL_CASES=1 runs all cases that can be; so does a case named on pytest's command line.
+ZEROMPI_ALL_CASES=1 runs all cases that can be, in one of the runs that share them.
 """
 
 from __future__ import annotations
@@ -40,14 +40,11 @@ def covering(rows: Sequence[Sequence[Hashable]], strength: int = 2, *, seed: str
 
 
 def shared(
-    rows: Sequence[Sequence[Hashable]], strength: int, runs: int, *, pairs: bool, seed: str = ""
+    rows: Sequence[Sequence[Hashable]], strength: int, runs: int, *, seed: str = ""
 ) -> list[list[int]]:
-    """The same for several runs together: positions for each of them, with at least one.
-
-    With `pairs`, each value of a column occurs in each run.
-    """
+    """The same for several runs together: positions for each of them. Each has every value of a column."""
     parts = [
-        _together(row, strength) | {(run, part) for part in _together(row, int(pairs))}
+        _together(row, strength) | {(run, value) for value in _together(row, 1)}
         for run in range(runs)
         for row in rows
     ]
@@ -56,6 +53,15 @@ def shared(
         [position % len(rows) for position in chosen if position // len(rows) == run]
         for run in range(runs)
     ]
+
+
+def dealt(count: int, runs: int, *, seed: str = "") -> list[list[int]]:
+    """Positions below `count`, each dealt to one of the runs; where there are too few, to several of them."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    hands = [sorted(order[run::runs]) or [order[run % count]] for run in range(runs)]
+    random.Random(f"{seed}, runs").shuffle(hands)  # so that not the first one has more each time
+    return hands
 
 
 def _together(row: Sequence[Hashable], strength: int) -> set[Hashable]:
@@ -89,7 +95,7 @@ def all_cases() -> bool:
 
 
 class Sharing(NamedTuple):
-    """Which of several runs this is."""
+    """Which of several runs this is, from 0."""
 
     run: int
     runs: int
@@ -105,25 +111,28 @@ def cases_left_out(
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return {item for cases in tests.values() for item in _left_out(cases, seed, sharing)}
+    return {
+        item
+        for name, cases in tests.items()
+        for item in _left_out(cases, f"{seed}, {name}", sharing)
+    }
 
 
 def _left_out(cases: list[pytest.Item], seed: str, sharing: Sharing) -> set[pytest.Item]:
-    marker = cases[0].get_closest_marker("cover") if _row(cases[0]) else None
-    if marker is None:
-        possible, strength = cases, len(cases)  # all of them
-    else:
-        arguments = _Arguments(*marker.args, **marker.kwargs)
+    marker = cases[0].get_closest_marker("cover") if hasattr(cases[0], "callspec") else None
+    arguments = _Arguments() if marker is None else _Arguments(*marker.args, **marker.kwargs)
+    possible = cases
+    if marker is not None:
         possible = [case for case in cases if arguments.where(case.callspec.params)]
-        strength = arguments.strength
-    if all_cases() or (marker is None and sharing == ALONE):
-        return set(cases).difference(possible)
-    rows = [_row(case) for case in possible]
-    of_runs = shared(rows, strength, sharing.runs, pairs=marker is not None, seed=seed)
+    if marker is None or all_cases():
+        of_runs = dealt(len(possible), sharing.runs, seed=seed)
+    else:
+        rows = [_row(case) for case in possible]
+        of_runs = shared(rows, arguments.strength, sharing.runs, seed=seed)
     return set(cases).difference(possible[position] for position in of_runs[sharing.run])
 
 
 def _row(case: pytest.Item) -> tuple[Hashable, ...]:
     """The values of its parameters: cases that have a value have the same object, which need not be hashable."""
-    params = case.callspec.params.items() if hasattr(case, "callspec") else ()
-    return tuple((name, id(value)) for name, value in sorted(params, key=itemgetter(0)))
+    params = sorted(case.callspec.params.items(), key=itemgetter(0))
+    return tuple((name, id(value)) for name, value in params)

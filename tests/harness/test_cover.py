@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from itertools import combinations, product
+from itertools import chain, combinations, product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.cover import covering, shared
+from harness.cover import covering, dealt, shared
 
 
 def together(rows, strength):
@@ -45,29 +45,37 @@ def test_all_pairs_need_far_fewer_cases_than_the_product(sizes, fewest, most):
 
 
 @given(
-    sizes=st.lists(st.integers(1, 5), max_size=3),
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3),
     strength=st.integers(1, 3),
     runs=st.integers(1, 3),
-    pairs=st.booleans(),
 )
-def test_runs_that_share_the_cases_have_them_all(sizes, strength, runs, pairs):
+def test_runs_that_share_the_cases_have_them_all(sizes, strength, runs):
     rows = list(product(*map(range, sizes)))
-    of_runs = shared(rows, strength, runs, pairs=pairs)
-    assert len(of_runs) == runs and all(of_runs)
+    of_runs = [[rows[position] for position in run] for run in shared(rows, strength, runs)]
+    assert len(of_runs) == runs
     strength = min(strength, len(sizes))
-    somewhere = [rows[position] for positions in of_runs for position in positions]
-    assert together(somewhere, strength) == together(rows, strength)
-    if pairs:
-        for positions in of_runs:
-            chosen = [rows[position] for position in positions]
-            assert together(chosen, min(1, len(sizes))) == together(rows, min(1, len(sizes)))
+    assert together(list(chain(*of_runs)), strength) == together(rows, strength)
+    for chosen in of_runs:
+        assert together(chosen, 1) == together(rows, 1)
 
 
 def test_a_few_runs_need_little_more_than_one():
     rows = list(product(range(5), range(16), range(4)))
-    of_runs = shared(rows, 2, 3, pairs=True)
-    assert sum(map(len, of_runs)) <= 90
-    assert sorted(sum(shared(rows, len(rows), 3, pairs=False), [])) == list(range(len(rows)))
+    assert sum(map(len, shared(rows, 2, 3))) <= 90
+
+
+@given(count=st.integers(1, 20), runs=st.integers(1, 6), seed=st.text(max_size=3))
+def test_cases_are_dealt_evenly(count, runs, seed):
+    hands = dealt(count, runs, seed=seed)
+    assert sorted(set(chain(*hands))) == list(range(count))
+    sizes = sorted(map(len, hands))
+    assert sizes[0] >= 1
+    assert sizes[-1] <= max(1, sizes[0] + 1)
+    assert sum(sizes) == max(count, runs)
+
+
+def test_tests_of_one_shape_are_dealt_differently():
+    assert len({str(dealt(4, 3, seed=f"test_{number}")) for number in range(20)}) > 10
 
 
 def test_the_choice_goes_with_the_seed_alone():
@@ -117,31 +125,38 @@ def test_marked_tests_run_with_some_of_their_cases(run_suite, monkeypatch, value
     assert f"{some + few + 12 + 1} passed, {24 - some + 12 - few} deselected" in job.output
 
 
-@pytest.mark.parametrize("value", ["0", "1"])
-def test_runs_share_the_cases_of_each_test(run_suite, monkeypatch, value):
-    """What each test has seen in three runs: every case of it, and each run some."""
+@pytest.mark.parametrize(("value", "few"), [("0", 12), ("1", 21)])
+def test_runs_share_the_cases_of_each_test(run_suite, monkeypatch, value, few):
+    """What each test has seen in three runs: every case that should run, and each run some of it."""
     monkeypatch.setenv("ZEROMPI_ALL_CASES", value)
     seen = {"few": [], "all": [], "one": []}
     for run in ("1/3", "2/3", "3/3"):
         job = run_suite(SHARED, program=("-m", "pytest", "--shared", run, "-s"))
         assert job.returncode == 0, job.output
-        for name, cases in seen.items():
-            cases.append(set(re.findall(rf"<{name} \S*>", job.output)))
-            assert cases[-1]
-    counts = {name: len(set.union(*cases)) for name, cases in seen.items()}
-    assert counts == {"few": 12, "all": 12, "one": 1}
-    runs = sum(len(cases) for cases in seen["all"])
-    assert runs == (36 if value == "1" else 12)
-    for cases in seen["few"]:
-        assert {case.split()[1][0] for case in cases} == set("0123")
+        for name, runs in seen.items():
+            runs.append(re.findall(rf"<{name} (\S*)>", job.output))
+            assert runs[-1], f"{name} did not run in {run}"
+    assert sorted(chain(*seen["all"])) == sorted(f"{a}{b}" for a in range(4) for b in range(3))
+    assert seen["one"] == [["case"]] * 3
+    cases = list(chain(*seen["few"]))
+    assert few <= len(cases) < 2 * few
+    assert {case[:2] for case in cases} == {f"{a}{b}" for a in range(4) for b in range(3)}
+    assert all(case[2] == "0" or case[0] != "3" for case in cases)  # as `where` says
+    if value == "0":
+        for run in seen["few"]:
+            assert {case[0] for case in run} == set("0123")
+            assert {case[1] for case in run} == set("012")
+    else:
+        assert len(cases) == len(set(cases)) == 21  # of 24
 
 
 SHARED = """
-    @pytest.mark.cover
+    @pytest.mark.cover(where=lambda case: case["layout"] != 3 or not case["flag"])
+    @pytest.mark.parametrize("flag", [False, True])
     @pytest.mark.parametrize("layout", range(4))
     @pytest.mark.parametrize("shape", range(3))
-    def test_few(layout, shape):
-        print(f"<few {layout}{shape}>" * (WORLD.rank == 0))
+    def test_few(layout, shape, flag):
+        print(f"<few {layout}{shape}{int(flag)}>" * (WORLD.rank == 0))
 
     @pytest.mark.parametrize("layout", range(4))
     @pytest.mark.parametrize("shape", range(3))
@@ -151,3 +166,12 @@ SHARED = """
     def test_one():
         print("<one case>" * (WORLD.rank == 0))
 """
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--part", "1+2/3"), ("--shared", "4/3"), ("--shared", "1/2:x")]
+)
+def test_shares_that_cannot_be_are_refused(run_suite, option, value):
+    job = run_suite(SHARED, program=("-m", "pytest", option, value))
+    assert job.returncode == 4, job.output  # pytest.ExitCode.USAGE_ERROR
+    assert f"{option}: expected K/N or K/N:DIRECTORY with K from 1 to N, got {value}" in job.output

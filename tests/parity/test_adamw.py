@@ -82,7 +82,8 @@ def numbers_stepped(monkeypatch):
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, zerompi.AdamW])
 def test_steps_in_parts_have_the_same_bits(comm, stage, kind, monkeypatch, numbers_stepped):
     results, calls = [], []
-    for numel in (1 << 30, 17):
+    few = max(1, 16 // torch.get_num_threads())  # for each thread
+    for numel in (1 << 30, few):
         monkeypatch.setattr(blocked_step, "_PART_NUMEL", numel)
         model, opt = made(build, kind)
         with zerompi.partition(model, opt, stage=stage, comm=comm) as zero:
@@ -94,7 +95,7 @@ def test_steps_in_parts_have_the_same_bits(comm, stage, kind, monkeypatch, numbe
     (expected, weights, states), (losses, own_weights, own_states) = results
     (num_pieces, largest), (num_parts, largest_part) = map(max, calls)
     assert num_parts > num_pieces
-    assert largest > 17 * torch.get_num_threads() >= largest_part
+    assert largest > few * torch.get_num_threads() >= largest_part
     assert losses == expected
     for own, other in zip([own_weights, *own_states], [weights, *states], strict=True):
         assert all(torch.equal(own[key], other[key]) for key in other)

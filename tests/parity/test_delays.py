@@ -56,11 +56,9 @@ def _undisturbed(stage, ranks_per_node):
     return weights_after(comm, stage, zerompi.Topology(comm, ranks_per_node), 0.0)
 
 
-@pytest.mark.parametrize("ranks_per_node", [4, 2])
+@pytest.mark.parametrize("ranks_per_node", [4, 2] if MPI.COMM_WORLD.size > 2 else [4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_late_ranks_change_no_bit(comm, stage, ranks_per_node):
-    if ranks_per_node == 2 and comm.size < 3:
-        pytest.skip("one node")
     state = weights_after(comm, stage, zerompi.Topology(comm, ranks_per_node), 0.003)
     for name, value in undisturbed(stage, ranks_per_node).items():
         assert torch.equal(state[name], value), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mpi4py import MPI
 
 import zerompi
 from harness.memory import HAS_DEVICE, WITHOUT_DEVICE
@@ -18,8 +19,6 @@ def topology_of(comm, layout):
     if layout == "one each":
         return one_each(comm)
     sizes = [comm.size] if layout == "one node" else [int(n) for n in layout.split("+")]
-    if sum(sizes) != comm.size:
-        pytest.skip(f"{layout} needs {sum(sizes)} ranks")
     return zerompi.Topology(comm, ranks_per_node=sizes)
 
 
@@ -28,7 +27,9 @@ def by_messages(zero):
     return zero._context.shard_group.transport().node is None
 
 
-@pytest.mark.parametrize("layout", ["one node", "one each", "2+2", "3+1"])
+@pytest.mark.parametrize(
+    "layout", ["one node", "one each", "2+2", "3+1"][: 4 if MPI.COMM_WORLD.size == 4 else 2]
+)
 @pytest.mark.parametrize(
     ("stage", "quantize", "precision"),
     [
