@@ -49,6 +49,11 @@ class Ticket:
         agreements: all those of its ranks that it will finish, in order, if these are known.
         on_raise: called when `wait` raises what went wrong.
         handover: with device buffers and another thread, what keeps their streams in order.
+
+    Attributes:
+        is_announced: whether no other rank has to wait for what this one agrees to.
+        is_done: whether the work has ended, well or not.
+        error: what it raised.
     """
 
     def __init__(
@@ -60,10 +65,14 @@ class Ticket:
     ) -> None:
         self._work = work
         self._agreements = agreements
-        self.is_announced = False  # whether no other rank has to wait for what this one agrees to
+        self.is_announced = False
         self._on_raise = on_raise
         self._handover = handover
-        self._done = threading.Event()
+        # Held until the work is done. There are several tickets for each unit and step, and an Event
+        # takes ten times as long to make and to set.
+        self._running = threading.Lock()
+        self._running.acquire()
+        self.is_done = False
         self.error: BaseException | None = None
 
     def announce(self) -> None:
@@ -75,11 +84,6 @@ class Ticket:
         for agreement in self._agreements:
             agreement.cancel()
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the work has ended, well or not."""
-        return self._done.is_set()
-
     def wait(self) -> None:
         """Wait until the work is done; raise what it raised."""
         self.abandon()
@@ -90,8 +94,8 @@ class Ticket:
     def abandon(self) -> None:
         """Wait until the work is done, however it ends."""
         if not self.is_done:
-            with idle():
-                self._done.wait()
+            with idle(), self._running:
+                pass
         if self._handover is not None:
             self._handover.join()
 
@@ -105,18 +109,17 @@ class Ticket:
         return None
 
     def end(self, error: BaseException | None) -> None:
-        """Let those know who wait; `error`: of the work, or before it."""
+        """Let those know who wait, once; `error`: of the work, or before it."""
         self.error = error
-        self._done.set()
+        self.is_done = True
+        self._running.release()
 
 
 class _Done(Ticket):
     """Of work that the caller has done itself: there is nothing to wait for."""
 
-    is_done = True
-
     def __init__(self) -> None:
-        self.error = None
+        self.is_done, self.error = True, None
 
     def abandon(self) -> None:
         pass
@@ -142,7 +145,10 @@ class CommThread:
 
     def __init__(self, *, is_wanted: bool) -> None:
         self._queue: deque[Ticket] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # of all that follows
+        self._sleeps = False  # whether the thread waits, or is about to wait, for `_awake`
+        self._awake = threading.Lock()
+        self._awake.acquire()
         self._last: Ticket | None = None
         self._error: BaseException | None = None  # not raised yet
         self._thread: threading.Thread | None = None
@@ -169,7 +175,7 @@ class CommThread:
             work()
             return _DONE
         ticket = Ticket(work, agreements, self._forget_error, device.hand_over())
-        with self._changed:
+        with self._lock:
             if self._is_closed:
                 raise ZerompiError("this partition is closed")
             self._last = ticket
@@ -180,11 +186,17 @@ class CommThread:
                     ticket.announce()
                 self._unannounced += not ticket.is_announced
                 self._queue.append(ticket)
-                self._changed.notify()
+                self._rouse()
         return ticket
 
+    def _rouse(self) -> None:
+        """Let the thread look at the queue; with the lock."""
+        if self._sleeps:
+            self._sleeps = False
+            self._awake.release()
+
     def _forget_error(self) -> None:
-        with self._changed:
+        with self._lock:
             self._error = self._last = None
 
     def drain(self) -> None:
@@ -206,7 +218,7 @@ class CommThread:
 
         Does not wait for that.
         """
-        with self._changed:
+        with self._lock:
             if self._queue or self._is_busy:
                 self._afterwards.append(work)
                 return
@@ -216,25 +228,18 @@ class CommThread:
         """End the thread, after everything that was submitted."""
         if self._thread is None:
             return
-        with self._changed:
+        with self._lock:
             self._is_closed = True
-            self._changed.notify()
+            self._rouse()
         self._thread.join()
         self._thread = None
 
     def _loop(self) -> None:
         torch.set_grad_enabled(False)  # of this thread
-        while True:
-            with self._changed:
-                while not self._queue and not self._is_closed:
-                    self._changed.wait()
-                if not self._queue:
-                    return
-                ticket = self._queue.popleft()
-                self._is_busy = True
+        while (ticket := self._next()) is not None:
             error = ticket.run()
             ended = [ticket] if error is None else [ticket, *self._break(ticket, error)]
-            with self._changed:
+            with self._lock:
                 self._is_busy = False
                 self._unannounced -= sum(not each.is_announced for each in ended)
                 while self._afterwards and not self._queue:
@@ -242,9 +247,21 @@ class CommThread:
             for each in ended:
                 each.end(error)
 
+    def _next(self) -> Ticket | None:
+        """Wait for a ticket, and take it from the queue; None at the end of the partition."""
+        while True:
+            with self._lock:
+                if self._queue:
+                    self._is_busy = True
+                    return self._queue.popleft()
+                if self._is_closed:
+                    return None
+                self._sleeps = True
+            self._awake.acquire()
+
     def _break(self, ticket: Ticket, error: BaseException) -> list[Ticket]:
         """Accept nothing until `error` of `ticket` has been raised; return what was queued."""
-        with self._changed:
+        with self._lock:
             self._error = error
             rest = list(self._queue)
             self._queue.clear()
