@@ -145,7 +145,7 @@ class CommThread:
 
     def __init__(self, *, is_wanted: bool) -> None:
         self._queue: deque[Ticket] = deque()
-        self._lock = threading.RLock()  # of all that follows
+        self._lock = threading.RLock()  # of the queue, and of all that follows
         self._sleeps = False  # whether the thread waits, or is about to wait, for `_awake`
         self._awake = threading.Lock()
         self._awake.acquire()

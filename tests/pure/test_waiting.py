@@ -98,5 +98,5 @@ class Ranks:
 )
 def test_ranks_that_are_bound_have_the_cores_of_all(masks, cores, has_spare, monkeypatch):
     monkeypatch.setattr(waiting.torch, "get_num_threads", lambda: 1)
-    assert waiting.num_cores(Ranks(*masks)) == cores
+    assert waiting.num_node_cores(Ranks(*masks)) == cores
     assert waiting.has_spare_cores(Ranks(*masks)) == has_spare

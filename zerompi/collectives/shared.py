@@ -15,7 +15,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from zerompi.collectives.fence import RANK_NBYTES, Fence
-from zerompi.collectives.waiting import num_cores
+from zerompi.collectives.waiting import num_node_cores
 from zerompi.memory import Flat
 
 PAGE_NBYTES = 4096
@@ -96,7 +96,7 @@ class SharedNode:
         self.comm = comm
         self._window = Window(comm, [RANK_NBYTES] * comm.size)
         self._window.parts(0, RANK_NBYTES, torch.uint8)[comm.rank].zero_()
-        has_core = num_cores(comm) >= comm.size  # collective: now the counters of all are zero
+        has_core = num_node_cores(comm) >= comm.size  # collective: now the counters of all are zero
         self.fence = Fence(
             self._window.address,
             comm.rank,

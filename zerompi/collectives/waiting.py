@@ -27,10 +27,10 @@ _SLEEP = 1 / 8  # of the time waited so far
 def has_spare_cores(node_comm: MPI.Intracomm) -> bool:
     """Whether this node has a core for every thread that computes, and one for each rank's waiting. Collective."""
     wanted: int = node_comm.allreduce(torch.get_num_threads() + 1)
-    return num_cores(node_comm) >= wanted
+    return num_node_cores(node_comm) >= wanted
 
 
-def num_cores(node_comm: MPI.Intracomm) -> int:
+def num_node_cores(node_comm: MPI.Intracomm) -> int:
     """On how many cores the ranks of this node may run, each perhaps bound to some of them. Collective."""
     own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
     return len(frozenset[int]().union(*node_comm.allgather(frozenset(own))))
