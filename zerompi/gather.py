@@ -120,7 +120,7 @@ class Gather:
                 segment.recall(place)
                 gather_blocks(place, segment.node_ranges, keepers)
             elif not segment.is_cached:
-                segment.receive(place)
+                segment.fill_own_block()
                 alike = copies.setdefault(segment.weight_code, [])
                 alike.append((place, segment.layout.shard_ranges))
         for code, alike in copies.items():
@@ -195,8 +195,9 @@ class Gather:
 
     def release(self, unit: Unit) -> None:
         """Note that `unit` needs its parameters no more."""
-        self._use(unit)
-        self._stayed.discard(unit)
+        if unit in self._waiting:
+            self._use(unit)
+            self._stayed.discard(unit)
         unit.gather = None
         for segment in unit.segments:
             segment.full = None

@@ -119,11 +119,13 @@ class Gradients:
             )
         self.collected += 1
         slot = self._slot(index)
-        is_there = index in self._lent and gradient.data_ptr() == slot.data_ptr()
-        if is_there:
-            del self._lent[index]
-        elif index in self._lent:
-            self._take_back(index)
+        is_there = False
+        if index in self._lent:
+            is_there = gradient.data_ptr() == slot.data_ptr()
+            if is_there:
+                del self._lent[index]
+            else:
+                self._take_back(index)
         if self.present[index]:
             if weight:
                 slot.add_(gradient, alpha=weight)
@@ -199,9 +201,10 @@ class Gradients:
         segment = self._segment
         bucket = self._bucket()
         flat = bucket.tensor
-        for i, present in enumerate(self.present):
-            if not present:
-                segment.view(flat, i).zero_()
+        if False in self.present:
+            for i, present in enumerate(self.present):
+                if not present:
+                    segment.view(flat, i).zero_()
         peers = bucket.peers if in_place else None
         ranges, stage = segment.layout.shard_ranges, self._context.stage
         group, replicas = self._context.shard_group, self._context.replica_group
@@ -221,7 +224,7 @@ class Gradients:
             if replicas is not None:
                 parts = FlatLayout([(exact.numel(),)], replicas.size).shard_ranges
                 reduce_all(exact, parts, replicas, scale=1.0)
-        if all(piece.grad is None for piece in segment.pieces):
+        if not self._is_added_to():
             self.home = home
         self.discard()
         self.expected = sum(used)
@@ -253,9 +256,14 @@ class Gradients:
 
     def _is_home_free(self) -> bool:
         """Whether nobody has the last reduced gradients any more: `zero_grad` has been called."""
-        if any(piece.grad is not None for piece in self._segment.pieces):
-            return False
-        return all(memory() is None for memory in self._handed_out)
+        for memory in self._handed_out:
+            if memory() is not None:
+                return False
+        return not self._is_added_to()
+
+    def _is_added_to(self) -> bool:
+        """Whether the next gradient will be added to one that a piece still has."""
+        return any([piece.grad is not None for piece in self._segment.pieces])  # noqa: C419 (half the time)
 
     def _install(self, result: Tensor, used: Sequence[bool]) -> None:
         """Make `result` the pieces' gradient, adding where `zero_grad` has not been called.

@@ -239,9 +239,9 @@ class Hooks:
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         saves = self._sharded and torch.is_grad_enabled()
-        forwards = self._forwards[unit]
+        forwards, recomputes = self._forwards[unit], in_backward()
         forwards.running.append(False)
-        if not in_backward():
+        if not recomputes:
             forwards.begin(module)
         unit.holds += 1
         self._unshard(unit)
@@ -250,7 +250,7 @@ class Hooks:
         self._saved[unit].push()
         forwards.running[-1] = True
         # The graph that counts has hooks.
-        is_recomputed = in_backward() and forwards.is_open(module)
+        is_recomputed = recomputes and forwards.is_open(module)
         awaited = _Awaited(self._arrived, unit, module, is_recomputed=is_recomputed)
         args, kwargs = map_arguments(awaited.mark, args, kwargs)
         if awaited.missing and not is_recomputed:
@@ -308,8 +308,10 @@ class Hooks:
 
     def _leave(self, unit: Unit, on_gradient: Callable[[Tensor], None], tensor: Tensor) -> Tensor:
         """What a unit returns: in memory of its own, as its parameters are about to be freed."""
-        if any(segment.covers(tensor) for segment in unit.segments):
-            tensor = tensor.clone()
+        for segment in unit.segments:
+            if segment.covers(tensor):
+                tensor = tensor.clone()
+                break
         if tensor.requires_grad and torch.is_grad_enabled():
             _hook(tensor, on_gradient)
         return tensor
@@ -416,6 +418,9 @@ class Hooks:
 
     def _before_use(self, unit: Unit) -> None:
         """A saved parameter is needed: in a backward pass, or because somebody looks at the graph."""
+        is_begun = self._end_is_queued and not torch.is_grad_enabled()
+        if is_begun and unit.is_visible and unit not in self._idle:
+            return
         if in_backward():
             self._before_backward(unit)
         else:

@@ -65,8 +65,9 @@ class Accumulation:
     @property
     def is_weighted(self) -> bool:
         """Whether passes count by what they were a mean over."""
-        weights = (*self._weights, self.weight)
-        return self._context.attendance.is_open or any(weight is not None for weight in weights)
+        if self.weight is not None or self._context.attendance.is_open:
+            return True
+        return self._weights.count(None) < len(self._weights)
 
     def divisor(self) -> float:
         """What the sum of all ranks' gradients is divided by. Collective if passes are weighted.
@@ -207,13 +208,14 @@ class Gathers:
         if unit.state is not UnitState.SHARDED or not unit.segments:
             unit.unshard()
             return
-        position = len(self._seen)
-        is_known = self._expected is not _UNKNOWN
-        if is_known and self._expected.units[position : position + 1] != [unit]:
-            self._context.settle()
-            self._expected = _UNKNOWN
+        position, expected = len(self._seen), self._expected
+        if expected is not _UNKNOWN:
+            units = expected.units
+            if position >= len(units) or units[position] is not unit:
+                self._context.settle()
+                self._expected = expected = _UNKNOWN
         try:
-            for number in self._expected.begins.get(position, ()):
+            for number in expected.begins.get(position, ()):
                 self._start(number)
             unit.unshard()
         except BaseException:
@@ -311,6 +313,8 @@ class Reductions:
 
     def ready(self, unit: Unit, scale: GradientScale) -> None:
         """Note that `unit` has all its gradients; reduce what may be reduced now."""
+        if unit in self._ready:
+            return
         self._ready[unit] = None
         while self._next < len(self.order) and self.order[self._next] in self._ready:
             self._next += 1

@@ -243,8 +243,9 @@ class Segment:
         """Make the parameters views of `flat`, (padded_numel,); None is `full`."""
         flat = self.full if flat is None else flat
         assert flat is not None
-        for i, parameter in enumerate(self.parameters):
-            parameter.data = self.view(flat, i)
+        base = int(flat.storage_offset())
+        for parameter, (shape, strides, start) in zip(self.parameters, self._places, strict=True):
+            parameter.data = flat.as_strided(shape, strides, base + start)
         if self.is_node_copy:
             self._versions = [parameter._version for parameter in self.parameters]
 
@@ -278,10 +279,11 @@ class Segment:
                 return name
         return None
 
-    def receive(self, full: Tensor) -> None:
-        """Let `full`, (padded_numel,), be the full parameters: the own block in place, the rest to come."""
-        full[self.own.start : self.own.stop].copy_(self.own_block)
-        self.full = full
+    def fill_own_block(self) -> None:
+        """Copy this rank's block into `full`, whose rest is to come."""
+        assert self.full is not None
+        start, stop = self.own
+        self.full[start:stop].copy_(self.own_block)
 
     @property
     def node_ranges(self) -> Sequence[Range]:
