@@ -177,6 +177,7 @@ def two_groups(parameters: list[nn.Parameter]) -> list[dict[str, object]]:
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+    "fused_adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
     "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
