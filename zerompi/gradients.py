@@ -263,7 +263,7 @@ class Gradients:
 
     def _is_added_to(self) -> bool:
         """Whether the next gradient will be added to one that a piece still has."""
-        return any([piece.grad is not None for piece in self._segment.pieces])  # noqa: C419 (half the time)
+        return any([piece.grad is not None for piece in self._segment.pieces])  # noqa: C419 (takes half the time)
 
     def _install(self, result: Tensor, used: Sequence[bool]) -> None:
         """Make `result` the pieces' gradient, adding where `zero_grad` has not been called.

@@ -203,7 +203,7 @@ class Unit:
     @property
     def is_complete(self) -> bool:
         """Whether the running backward pass has brought all gradients that are expected of it."""
-        return all([g.collected >= g.expected for g in self.gradients])  # noqa: C419 (half the time)
+        return all([g.collected >= g.expected for g in self.gradients])  # noqa: C419 (takes half the time)
 
     def reduce(self, scale: GradientScale) -> None:
         """Reduce the gradients of all ranks and install them; nothing moves if no rank has any.
@@ -271,7 +271,8 @@ class Unit:
         unreadable = 0
         present: list[bool] = []
         for gradients in self.gradients:
-            unreadable |= 0 if gradients.is_readable() else _UNREADABLE
+            if not unreadable and not gradients.is_readable():
+                unreadable = _UNREADABLE
             present += gradients.present
         agreements = []
         for start in range(0, len(present), _FLAGS_PER_HEADER):
