@@ -283,7 +283,7 @@ class Gradients:
             if handed_out is not None:
                 self._handed_out.append(handed_out)
             return
-        if self.reduced is not None and any(piece.grad is not None for piece in segment.pieces):
+        if self.reduced is not None and self._is_added_to():
             for i, is_marker in enumerate(_find_markers(segment.pieces)):
                 if used[i]:
                     kept = segment.part(self.reduced, i)
