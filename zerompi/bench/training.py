@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 import zerompi
 from zerompi.bench.gloo import gloo, local_rank
@@ -41,6 +42,7 @@ class Workload:
         context: bytes of a sequence.
         batch: sequences of each rank.
         steps: that are timed together.
+        fused: whether all systems step with torch's fused kernel of AdamW.
     """
 
     layers: int
@@ -49,11 +51,17 @@ class Workload:
     context: int
     batch: int
     steps: int
+    fused: bool = False
 
     def make_model(self) -> GPT:
         """The same on every rank."""
         torch.manual_seed(1234)
         return GPT(GPTConfig(self.layers, self.width, self.heads))
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Of AdamW, which is every system's optimizer."""
+        return {"lr": 3e-4, "fused": self.fused or None}
 
     def make_batch(self, rank: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets of a rank, (batch, context) int64."""
@@ -135,10 +143,6 @@ def _plain_step(
     return step
 
 
-def _adamw(parameters: Any, kind: type[torch.optim.AdamW] = torch.optim.AdamW) -> torch.optim.AdamW:
-    return kind(parameters, lr=3e-4)
-
-
 # -- systems -----------------------------------------------------------------------------------
 
 
@@ -147,7 +151,7 @@ def _zerompi(
     stage: int, workload: Workload, comm: MPI.Intracomm, **options: Any
 ) -> Iterator[Running]:
     model = workload.make_model()
-    optimizer = _adamw(model.parameters())
+    optimizer = AdamW(model.parameters(), **workload.hyperparameters)
     with zerompi.partition(model, optimizer, stage=stage, comm=comm, **options) as zero:
         yield Running(_plain_step(model, optimizer), zero.report)
 
@@ -170,7 +174,8 @@ def _free(workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
             part = slice(low, high)
             pieces.append((parameter, part, nn.Parameter(parameter.data.flatten()[part])))
         offset += parameter.numel()
-    optimizer = _adamw([piece for _, _, piece in pieces], zerompi.AdamW)  # a partition's steps
+    own = [piece for _, _, piece in pieces]
+    optimizer = zerompi.AdamW(own, **workload.hyperparameters)  # a partition's steps
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         loss = _loss(model, x, y)
@@ -194,9 +199,9 @@ def _ddp(workload: Workload, comm: MPI.Intracomm, *, shards_states: bool) -> Ite
     model = DistributedDataParallel(workload.make_model(), gradient_as_bucket_view=True)
     optimizer: torch.optim.Optimizer
     if shards_states:
-        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=3e-4)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), AdamW, **workload.hyperparameters)
     else:
-        optimizer = _adamw(model.parameters())
+        optimizer = AdamW(model.parameters(), **workload.hyperparameters)
     yield Running(_plain_step(model, optimizer))
 
 
@@ -216,7 +221,8 @@ def make_fsdp2_model(workload: Workload, comm: MPI.Intracomm) -> GPT:
 @contextmanager
 def _fsdp2(workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
     model = make_fsdp2_model(workload, comm)
-    yield Running(_plain_step(model, _adamw(model.parameters())))
+    optimizer = AdamW(model.parameters(), **workload.hyperparameters)
+    yield Running(_plain_step(model, optimizer))
 
 
 @contextmanager
@@ -227,7 +233,7 @@ def _deepspeed(stage: int, workload: Workload, comm: MPI.Intracomm) -> Iterator[
     os.environ.update({name: str(value) for name, value in names.items()})
     import deepspeed
 
-    adamw = {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True}
+    adamw = {"betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True, **workload.hyperparameters}
     config = {
         "train_micro_batch_size_per_gpu": workload.batch,
         "optimizer": {"type": "AdamW", "params": adamw},
@@ -324,7 +330,7 @@ def measure(
     names = [FREE, *(name for name in systems if name != FREE)]
     turns: dict[str, list[_Turn]] = {name: [] for name in names}
     nodes = zerompi.Topology(comm).ranks_of_node
-    _adamw([nn.Parameter(torch.zeros(2))])  # torch loads what it needs
+    AdamW([nn.Parameter(torch.zeros(2))])  # torch loads what it needs
     with gloo(comm):  # once: DeepSpeed keeps what it has seen of it
         for _ in range(repeats):
             for name in names:

@@ -102,6 +102,9 @@ def bench(
     context: int = typer.Option(64, help="Bytes of a sequence.", rich_help_panel=_TRAINING),
     batch: int = typer.Option(1, help="Sequences of each rank.", rich_help_panel=_TRAINING),
     steps: int = typer.Option(3, help="Steps timed together.", rich_help_panel=_TRAINING),
+    fused: bool = typer.Option(
+        False, help="Let all systems step with torch's fused AdamW.", rich_help_panel=_TRAINING
+    ),
     link: Optional[float] = typer.Option(  # noqa: UP045
         None,
         help="Gbit/s that a node can send to others: show steps by the bound, which is the longer of the step "
@@ -136,7 +139,7 @@ def bench(
     torch.distributed.checkpoint with FSDP2, torch.save, and the bare disk. All take turns in one run, so that their ratios hold on a machine that others use, too. The time is that of the slowest rank,
     the median of the repetitions.
     """
-    workload = training_bench.Workload(layers, width, heads, context, batch, steps)
+    workload = training_bench.Workload(layers, width, heads, context, batch, steps, fused)
     options = _Options(
         kind,
         collectives,
@@ -268,6 +271,7 @@ def _check(options: _Options, topology: zerompi.Topology) -> None:
     if not os.access(options.directory, os.W_OK):
         raise InputError(f"--directory: expected one to write to, got {options.directory}")
     counts = {**vars(options.workload), "repeats": options.repeats}
+    counts.pop("fused")
     for name, value in counts.items():
         if value < 1:
             raise InputError(f"--{name}: expected at least 1, got {value}")

@@ -77,7 +77,7 @@ def prepare(config: TrainConfig, comm: MPI.Intracomm) -> Job:
     agree(comm, lambda: _check_vocabulary(corpus, _vocabulary(model)))
     units = agree(comm, lambda: _unit_predicate(config.units, model))
     num_steps = config.num_steps(len(corpus.train))
-    optimizer = _make_optimizer(model, config)
+    optimizer = _make_optimizer(model, config, device)
     numel = sum(parameter.numel() for parameter in model.parameters())
     names = huggingface.names_in_files(model)  # before the partition takes the parameters
 
@@ -212,8 +212,8 @@ def _load_weights(zero: zerompi.Zero, directory: str, names: Callable[[str], str
 # -- optimizer ---------------------------------------------------------------------------------
 
 
-def _make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW that decays matrices and leaves vectors alone."""
+def _make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> AdamW:
+    """AdamW that decays matrices and leaves vectors alone; on the host in one pass through memory."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
@@ -221,7 +221,8 @@ def _make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+    fused = device.type == "cpu" or None
+    return AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused)
 
 
 def lr_factor(warmup: int, num_steps: int) -> Callable[[int], float]:
@@ -237,7 +238,7 @@ def lr_factor(warmup: int, num_steps: int) -> Callable[[int], float]:
 
 
 def _apply_settings(optimizer: AdamW, scheduler: LambdaLR, config: TrainConfig) -> None:
-    """Let the configuration, not what was loaded, decide the learning rate and the decay."""
+    """Let this run, not what was loaded, decide the learning rate, the decay and the kernel."""
     scheduler.base_lrs = [config.learning_rate] * len(optimizer.param_groups)
     for group, factor, decay in zip(
         optimizer.param_groups, scheduler.lr_lambdas, (config.weight_decay, 0.0), strict=True
@@ -245,6 +246,7 @@ def _apply_settings(optimizer: AdamW, scheduler: LambdaLR, config: TrainConfig) 
         group["initial_lr"] = config.learning_rate
         group["lr"] = config.learning_rate * factor(scheduler.last_epoch)
         group["weight_decay"] = decay
+        group["fused"] = optimizer.defaults["fused"]
 
 
 def restore(job: Job, path: Path) -> int:
