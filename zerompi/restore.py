@@ -23,6 +23,9 @@ from zerompi.state import Entry, Match, entries, listed, match_names, persistent
 from zerompi.state import refuse_problems as refuse
 from zerompi.unit import Unit
 
+# Which kernel steps: the program's choice, not the checkpoint's, which may be of another device.
+_KERNEL_SETTINGS = ("fused", "foreach", "capturable")
+
 
 @dataclass
 class Plan:
@@ -70,12 +73,32 @@ class Restoration:
                 else:
                     group[key] = value
         if parts.optimizer is not None and self.states is not None:
-            parts.optimizer.state.clear()
-            parts.optimizer.state.update(self.states)
+            take_states(parts.optimizer, self.states)
         if parts.scaler is not None and self.scaler is not None:
             parts.scaler.load_state_dict(self.scaler)
         for install in self.generators:
             install()
+
+
+def take_states(optimizer: Optimizer, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Give `optimizer` states, each where torch keeps it: with its piece.
+
+    Step counts are on the host, but where a kernel on the device reads them.
+    """
+    counted_there = {
+        id(piece)
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for piece in group["params"]
+    }
+    optimizer.state.clear()
+    for piece, values in states.items():
+        optimizer.state[piece] = {
+            key: value.to(piece.device)
+            if isinstance(value, Tensor) and (key != "step" or id(piece) in counted_there)
+            else value
+            for key, value in values.items()
+        }
 
 
 # -- names -------------------------------------------------------------------------------------
@@ -254,7 +277,7 @@ def _settings(
                 chosen[key] = float(value)
             elif isinstance(group.get(key), tuple):
                 chosen[key] = tuple(value)
-            elif key not in ("parameters", "params"):
+            elif key not in ("parameters", "params", *_KERNEL_SETTINGS):
                 chosen[key] = value
         pairs.append((group, chosen))
     return pairs

@@ -63,7 +63,7 @@ def test_all_systems_train_alike(comm, fused):
     """Equal losses: what is timed is the same training."""
     workload = Workload(layers=2, width=32, heads=2, context=8, batch=2, steps=1, fused=fused)
     names = available(zerompi.Topology(comm))
-    if fused:  # DeepSpeed bears with one process group of torch's in a process
+    if fused:  # DeepSpeed works with a process's first process group only
         names = [name for name in names if not name.startswith("deepspeed")]
     results = {r.system: r for r in measure_training(comm, workload, names, repeats=2)}
     assert set(results) >= {name for name in SYSTEMS if not name.startswith("deepspeed")}
@@ -182,6 +182,7 @@ def test_training_can_be_saved_drawn_and_compared(
         ),
         (["training", "--systems", "horovod"], "--systems: expected some of free, zerompi-1,"),
         (["training", "--heads", "5"], "--heads: expected a divisor of --width / 2 = 256, got 5"),
+        (["checkpoint", "--fused"], "--fused: expected to measure training, got checkpoint"),
         (["training", "--link", "0"], "--link: expected more than 0 Gbit/s, got 0"),
         (["training", "--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--sizes", "1KiB", "--repeats", "1", "--plot", "a.xyz"], "--plot: a.xyz: "),

@@ -17,6 +17,7 @@ from harness.disks import Disk
 from models import CASES, build, own_slice
 from zerompi.checkpoint import CheckpointError
 from zerompi.generators import generator_states, prepare_states, states_of_rank
+from zerompi.restore import take_states
 
 CASE = CASES["tied"]
 
@@ -133,6 +134,42 @@ def test_another_optimizer_is_refused_by_name(comm, shared):
         assert all(torch.equal(now[name], weights[name]) for name in weights)
         assert optimizer.param_groups[0]["lr"] == lr
         train(comm, model, optimizer)
+
+
+@pytest.mark.parametrize(("saved", "own"), [(None, True), (True, None)])
+def test_the_kernel_of_the_step_is_not_the_checkpoints(comm, shared, saved, own):
+    """It may have been written where the parameters were on another device."""
+
+    def make(fused):
+        model, optimizer = build(CASE)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        return model, optimizer
+
+    model, optimizer = make(saved)
+    with zerompi.partition(model, optimizer, comm=comm) as zero:
+        optimizer.param_groups[0]["lr"] = 0.25
+        train(comm, model, optimizer)
+        zero.save(shared / "a")
+    model, optimizer = make(own)
+    with zerompi.partition(model, optimizer, comm=comm) as zero:
+        zero.load(shared / "a")
+        assert [group["fused"] for group in optimizer.param_groups] == [own]
+        assert optimizer.param_groups[0]["lr"] == 0.25
+        train(comm, model, optimizer)
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"capturable": True}])
+def test_states_are_loaded_where_torch_keeps_them(settings):
+    piece = torch.nn.Parameter(torch.empty(3, device="meta"))  # stands for another device
+    optimizer = torch.optim.AdamW([piece])
+    optimizer.param_groups[0].update(settings)
+    states = {"step": torch.tensor(2.0), "exp_avg": torch.ones(3), "other": 5}
+    take_states(optimizer, {piece: states})
+    taken = optimizer.state[piece]
+    assert taken["exp_avg"].is_meta
+    assert taken["step"].is_meta == bool(settings)
+    assert taken["other"] == 5
 
 
 def test_a_checkpoint_without_its_state_file_is_refused(comm, shared):

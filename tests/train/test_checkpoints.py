@@ -10,7 +10,7 @@ from mpi4py import MPI
 from zerompi.train.agreement import agree_on_root
 from zerompi.train.checkpoints import prepare_output, save_checkpoint
 from zerompi.train.config import InputError, TrainConfig
-from zerompi.train.job import prepare, restore
+from zerompi.train.job import prepare
 
 
 def _make(directory: Path, *steps: int) -> None:
@@ -73,21 +73,3 @@ def test_a_saved_checkpoint_replaces_older_ones_never_itself(
     assert path.name == "step-5"
     names = {other.name for other in path.parent.iterdir() if other.name[0] != "."}
     assert names == {*kept, "step-16", "step-best", "latest"}
-
-
-def test_the_kernel_of_the_optimizer_is_chosen_anew(comm: MPI.Intracomm, out: Path) -> None:
-    """A checkpoint of another device, or an older one, does not bring its own."""
-    agree_on_root(comm, lambda: (out / "text").write_text("to be, or not to be " * 50))
-    config = TrainConfig(
-        out=str(out), data=str(out / "text"), layers=1, width=8, heads=1, context=8
-    )
-    job = prepare(config, comm)
-    groups = job.optimizer.param_groups
-    assert [group["fused"] for group in groups] == [True, True]
-    for group in groups:
-        group.update(fused=None, lr=7.0)
-    path = save_checkpoint(job, 5, blocking=True)
-    assert restore(job, path) == 5
-    assert [group["fused"] for group in groups] == [True, True]
-    assert groups[0]["lr"] != 7.0
-    job.zero.close()

@@ -167,6 +167,7 @@ def _run(options: _Options) -> None:
     before = agree_on_root(world, lambda: _read(options.compare))
     torch.set_num_threads(threads_per_rank(len(topology.ranks_of_node[0])))
     title = f"{topology.size} ranks, {topology.num_nodes} nodes"
+    title += ", fused AdamW" * options.workload.fused
     results = _MEASURE[options.kind](options, world, topology)
     agree_on_root(world, lambda: _write(options, results, topology))
     if options.table is not None:
@@ -266,6 +267,8 @@ def _check(options: _Options, topology: zerompi.Topology) -> None:
             raise InputError(
                 f"--systems: DeepSpeed would wait for a build of its operators: remove {lock} if none runs"
             )
+    if options.workload.fused and options.kind != "training":
+        raise InputError(f"--fused: expected to measure training, got {options.kind}")
     if options.link is not None and not options.link > 0:
         raise InputError(f"--link: expected more than 0 Gbit/s, got {options.link:g}")
     if not os.access(options.directory, os.W_OK):

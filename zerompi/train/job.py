@@ -221,8 +221,13 @@ def _make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device)
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    fused = device.type == "cpu" or None
-    return AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused)
+    optimizer = AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+    if (
+        device.type == "cpu"
+    ):  # parameters are on no device yet, which AdamW(fused=True) of torch 2.4 refuses
+        for settings in (optimizer.defaults, *optimizer.param_groups):
+            settings["fused"] = True
+    return optimizer
 
 
 def lr_factor(warmup: int, num_steps: int) -> Callable[[int], float]:
@@ -238,7 +243,7 @@ def lr_factor(warmup: int, num_steps: int) -> Callable[[int], float]:
 
 
 def _apply_settings(optimizer: AdamW, scheduler: LambdaLR, config: TrainConfig) -> None:
-    """Let this run, not what was loaded, decide the learning rate, the decay and the kernel."""
+    """Let the configuration, not what was loaded, decide the learning rate and the decay."""
     scheduler.base_lrs = [config.learning_rate] * len(optimizer.param_groups)
     for group, factor, decay in zip(
         optimizer.param_groups, scheduler.lr_lambdas, (config.weight_decay, 0.0), strict=True
@@ -246,7 +251,6 @@ def _apply_settings(optimizer: AdamW, scheduler: LambdaLR, config: TrainConfig) 
         group["initial_lr"] = config.learning_rate
         group["lr"] = config.learning_rate * factor(scheduler.last_epoch)
         group["weight_decay"] = decay
-        group["fused"] = optimizer.defaults["fused"]
 
 
 def restore(job: Job, path: Path) -> int:
