@@ -340,8 +340,8 @@ class Zero:
 
         Each rank reads its slices only. Any number of ranks and any stage may have written it. Everything is
         read and verified before anything is overwritten. Param groups take the checkpoint's settings, but `fused`,
-        `foreach` and `capturable`: which kernel steps depends on this program's device. Each rank's random generators go on as
-        they were; at another number of ranks, see `zerompi.generators.states_of_rank`.
+        `foreach` and `capturable`: which kernel steps depends on this program's device. Each rank's random
+        generators go on as they were; at another number of ranks, see `zerompi.generators.states_of_rank`.
 
         Args:
             path: the directory.

@@ -222,9 +222,8 @@ def _make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device)
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
-    if (
-        device.type == "cpu"
-    ):  # parameters are on no device yet, which AdamW(fused=True) of torch 2.4 refuses
+    if device.type == "cpu":
+        # Parameters are on no device yet, which AdamW(fused=True) of torch 2.4 refuses.
         for settings in (optimizer.defaults, *optimizer.param_groups):
             settings["fused"] = True
     return optimizer
