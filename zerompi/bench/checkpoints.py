@@ -100,10 +100,6 @@ def _trained(workload: Workload, model: nn.Module, optimizer: torch.optim.Optimi
     optimizer.zero_grad()
 
 
-def _adamw(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=3e-4)
-
-
 @contextmanager
 def _disk(workload: Workload, comm: MPI.Intracomm) -> Iterator[Storing]:
     """As many bytes as weights and two states of AdamW, each rank its part of one file."""
@@ -127,7 +123,7 @@ def _disk(workload: Workload, comm: MPI.Intracomm) -> Iterator[Storing]:
 @contextmanager
 def _zerompi(workload: Workload, comm: MPI.Intracomm, *, blocking: bool) -> Iterator[Storing]:
     model = workload.make_model()
-    optimizer = _adamw(model)
+    optimizer = workload.make_optimizer(model)
     with zerompi.partition(model, optimizer, comm=comm) as zero:
         _trained(workload, model, optimizer)
         yield Storing(partial(zero.save, blocking=blocking), zero.load, zero.wait_for_save)
@@ -142,7 +138,7 @@ def _distributed(workload: Workload, comm: MPI.Intracomm) -> Iterator[Storing]:
     from torch.distributed.checkpoint.state_dict_saver import save as save_from
 
     model = make_fsdp2_model(workload, comm)
-    optimizer = _adamw(model)
+    optimizer = workload.make_optimizer(model)
     _trained(workload, model, optimizer)
 
     def state() -> dict[str, Any]:
@@ -172,7 +168,7 @@ def _whole(workload: Workload, comm: MPI.Intracomm) -> Iterator[Storing]:
         yield Storing(lambda path: None, lambda path: None)
         return
     model = workload.make_model()
-    optimizer = _adamw(model)
+    optimizer = workload.make_optimizer(model)
     _trained(workload, model, optimizer)
 
     def save(path: Path) -> None:

@@ -63,6 +63,10 @@ class Workload:
         """Of AdamW, which is every system's optimizer."""
         return {"lr": 3e-4, "fused": self.fused or None}
 
+    def make_optimizer(self, model: nn.Module) -> AdamW:
+        """Torch's own, over all parameters of `model`."""
+        return AdamW(model.parameters(), **self.hyperparameters)
+
     def make_batch(self, rank: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets of a rank, (batch, context) int64."""
         generator = torch.Generator().manual_seed(rank)
@@ -151,7 +155,7 @@ def _zerompi(
     stage: int, workload: Workload, comm: MPI.Intracomm, **options: Any
 ) -> Iterator[Running]:
     model = workload.make_model()
-    optimizer = AdamW(model.parameters(), **workload.hyperparameters)
+    optimizer = workload.make_optimizer(model)
     with zerompi.partition(model, optimizer, stage=stage, comm=comm, **options) as zero:
         yield Running(_plain_step(model, optimizer), zero.report)
 
@@ -201,7 +205,7 @@ def _ddp(workload: Workload, comm: MPI.Intracomm, *, shards_states: bool) -> Ite
     if shards_states:
         optimizer = ZeroRedundancyOptimizer(model.parameters(), AdamW, **workload.hyperparameters)
     else:
-        optimizer = AdamW(model.parameters(), **workload.hyperparameters)
+        optimizer = workload.make_optimizer(model)
     yield Running(_plain_step(model, optimizer))
 
 
@@ -221,8 +225,7 @@ def make_fsdp2_model(workload: Workload, comm: MPI.Intracomm) -> GPT:
 @contextmanager
 def _fsdp2(workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
     model = make_fsdp2_model(workload, comm)
-    optimizer = AdamW(model.parameters(), **workload.hyperparameters)
-    yield Running(_plain_step(model, optimizer))
+    yield Running(_plain_step(model, workload.make_optimizer(model)))
 
 
 @contextmanager
