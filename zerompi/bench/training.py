@@ -164,7 +164,7 @@ def _zerompi(
 def _free(workload: Workload, comm: MPI.Intracomm) -> Iterator[Running]:
     """The same compute with every collective left out: each rank steps its part of a model of its own.
 
-    No data-parallel system is faster, and nothing is learned.
+    No system with a copy of the weights on each rank is faster, and nothing is learned.
     """
     model = workload.make_model()
     parameters = list(model.parameters())
